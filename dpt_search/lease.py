@@ -1,0 +1,87 @@
+"""One writer a run directory: a lease with a heartbeat."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+import uuid
+from types import TracebackType
+
+from dpt_search.store import BadRun, RunStore
+
+HEARTBEAT_SECONDS = 10.0
+STALE_SECONDS = 60.0
+
+
+class Lease:
+    """Holds a run directory for this process while the context lasts.
+
+    A lease is free again when its holder's heartbeat is older than `STALE_SECONDS`, or at once when the holder was a
+    process of this host that is gone.
+
+    Raises (on entering):
+        BadRun: another driver holds the run, naming it.
+    """
+
+    NAME = "lease.json"
+
+    def __init__(self, store: RunStore) -> None:
+        self._store = store
+        self._id = uuid.uuid4().hex
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> Lease:
+        holder = self._store.read_json(self.NAME)
+        if holder is not None and _is_alive(holder):
+            raise BadRun(
+                f"run directory {self._store.location!r} is in use by process {holder['pid']} on {holder['host']} "
+                f"(started {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(holder['started']))}): wait for it or "
+                "choose another --run-dir"
+            )
+        self._started = time.time()
+        self._write()
+        # Of two that started at once, the later write wins and the earlier gives way.
+        if self._store.read_json(self.NAME)["id"] != self._id:
+            raise BadRun(f"another driver took the run directory {self._store.location!r} at this moment")
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._store.delete(self.NAME)
+
+    def _write(self) -> None:
+        self._store.write_json(
+            self.NAME,
+            {
+                "id": self._id,
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "started": self._started,
+                "heartbeat": time.time(),
+            },
+        )
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_SECONDS):
+            self._write()
+
+
+def _is_alive(holder: dict[str, float | str | int]) -> bool:
+    if time.time() - float(holder["heartbeat"]) > STALE_SECONDS:
+        return False
+    if holder["host"] != socket.gethostname():
+        return True
+    try:
+        os.kill(int(holder["pid"]), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,54 @@
+"""What a plan saves: MACs, parameters and measured seconds, unit by unit."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from search_spaces.plan import PruningPlan, Unit
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one forward pass costs.
+
+    Attributes:
+        macs: multiply-accumulates per image.
+        params: number of parameters, after merging.
+        seconds: wall-clock seconds per batch, by batch size.
+    """
+
+    macs: float
+    params: float
+    seconds: Mapping[int, float]
+
+    def minus(self, other: "Cost") -> "Cost":
+        """Subtract quantity by quantity."""
+        seconds = {batch: s - other.seconds[batch] for batch, s in self.seconds.items()}
+        return Cost(self.macs - other.macs, self.params - other.params, seconds)
+
+
+@dataclass(frozen=True)
+class UnitCosts:
+    """Cost of the dense model and what removing (and merging) each unit saves.
+
+    Savings of units add up: nothing a unit's removal does changes the shape of what stays.
+
+    Attributes:
+        dense: cost of the model as built.
+        saved: what each removable unit saves.
+        device: name of the hardware on which the seconds were measured.
+    """
+
+    dense: Cost
+    saved: Mapping[Unit, Cost]
+    device: str
+
+    def of(self, plan: PruningPlan) -> Cost:
+        """Return the predicted cost of the merged model of `plan`."""
+        cost = self.dense
+        for unit in plan.units:
+            cost = cost.minus(self.saved[unit])
+        return cost
+
+    def speedup(self, plan: PruningPlan, batch: int) -> float:
+        """Return predicted dense seconds over predicted pruned seconds at one batch size."""
+        return self.dense.seconds[batch] / self.of(plan).seconds[batch]

@@ -1,0 +1,56 @@
+"""The lattice of pruning ratios: how many units of each kind are removed."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """A pair of counts: `n_attn` attentions and `n_act` activations removed."""
+
+    n_attn: int
+    n_act: int
+
+    def __post_init__(self) -> None:
+        if self.n_attn < 0 or self.n_act < 0:
+            raise ValueError(f"a cell counts removed units, so it cannot be negative: {self}")
+
+    def __str__(self) -> str:
+        return f"({self.n_attn},{self.n_act})"
+
+    @property
+    def total(self) -> int:
+        """Number of units removed."""
+        return self.n_attn + self.n_act
+
+
+@dataclass(frozen=True)
+class RatioSpace:
+    """All cells of a model with `n_attn` removable attentions and `n_act` removable activations."""
+
+    n_attn: int
+    n_act: int
+
+    def __contains__(self, cell: Cell) -> bool:
+        return cell.n_attn <= self.n_attn and cell.n_act <= self.n_act
+
+    def __iter__(self) -> Iterator[Cell]:
+        """Cells in lexicographic order, `(0,0)` first."""
+        return (Cell(a, g) for a in range(self.n_attn + 1) for g in range(self.n_act + 1))
+
+    def __len__(self) -> int:
+        return (self.n_attn + 1) * (self.n_act + 1)
+
+    @property
+    def total(self) -> int:
+        """Number of removable units of both kinds."""
+        return self.n_attn + self.n_act
+
+    def ratios(self, cell: Cell) -> tuple[float, float]:
+        """Return the pruning ratios (m_a, m_g) of a cell, each in [0, 1]; a kind without units has ratio 0."""
+        return cell.n_attn / max(self.n_attn, 1), cell.n_act / max(self.n_act, 1)
+
+    def line(self, total: int) -> list[Cell]:
+        """Return the cells that remove exactly `total` units, by growing `n_attn`; empty if there are none."""
+        first, last = max(0, total - self.n_act), min(self.n_attn, total)
+        return [Cell(a, total - a) for a in range(first, last + 1)]

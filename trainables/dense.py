@@ -1,0 +1,92 @@
+"""The dense model: built from its settings, its weights read, its accuracy checked before anything is paid for."""
+
+from __future__ import annotations
+
+import io
+
+import safetensors.torch
+import torch
+
+from search_spaces.timm_compat import timm
+from trainables.locations import read_bytes
+from trainables.settings import ModelSettings
+
+
+class BadModel(ValueError):
+    """The model or its checkpoint cannot be used; the message says what to do."""
+
+
+def build_model(settings: ModelSettings, *, seed: int = 0, drop_path: float = 0.0) -> torch.nn.Module:
+    """Build the dense model with its weights, in evaluation mode, on the CPU.
+
+    Args:
+        settings: which model.
+        seed: of weights that no checkpoint gives.
+        drop_path: stochastic depth rate of the last block, for training.
+
+    Raises:
+        BadModel: timm does not know the name or an argument, or the checkpoint does not fit.
+    """
+    if not timm.is_model(settings.name):
+        near = timm.list_models(f"*{settings.name.split('_')[0]}*")[:5] if settings.name else []
+        hint = f"; similar: {', '.join(near)}" if near else ""
+        raise BadModel(f"timm has no model {settings.name!r}: see timm.list_models(){hint}")
+    rate = {"drop_path_rate": drop_path} if drop_path else {}
+    torch.manual_seed(seed)
+    try:
+        model = timm.create_model(
+            settings.name, pretrained=settings.checkpoint == "pretrained", **{**settings.kwargs, **rate}
+        )
+    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
+        raise BadModel(f"timm cannot build {settings.name} with {settings.kwargs}: {_first_line(error)}") from None
+    if settings.checkpoint not in ("", "pretrained"):
+        load_weights(model, read_weights(settings.checkpoint), settings.checkpoint)
+    return model.eval()
+
+
+def read_weights(location: str) -> dict[str, torch.Tensor]:
+    """Read a state dict from safetensors, or from what `torch.load(weights_only=True)` reads.
+
+    Raises:
+        BadModel: there is no such file, or it is neither.
+    """
+    try:
+        content = read_bytes(location)
+        if location.endswith(".safetensors"):
+            return safetensors.torch.load(content)
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise BadModel(f"model.checkpoint {location!r} does not exist") from None
+    except Exception as error:  # each reader has its own kinds of error
+        raise BadModel(f"cannot read weights from {location!r}: {_first_line(error)}") from None
+    for key in ("state_dict_ema", "state_dict", "model"):
+        state = state.get(key, state)
+    return dict(state)
+
+
+def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], where: str) -> None:
+    """Load a state dict of exactly this model.
+
+    Raises:
+        BadModel: names or shapes do not fit.
+    """
+    expected = model.state_dict()
+    wrong = [k for k, v in state.items() if k in expected and v.shape != expected[k].shape]
+    if wrong:
+        name = wrong[0]
+        raise BadModel(
+            f"{where!r} does not fit the model: {name} has shape {tuple(state[name].shape)}, the model's is "
+            f"{tuple(expected[name].shape)} ({len(wrong)} such): set model.name and model.kwargs to what it was made with"
+        )
+    missing, unknown = expected.keys() - state.keys(), state.keys() - expected.keys()
+    if missing or unknown:
+        example = sorted(missing or unknown)[0]
+        raise BadModel(
+            f"{where!r} does not fit the model: {len(missing)} weights are missing and {len(unknown)} unknown "
+            f"(such as {example}): set model.name and model.kwargs to what it was made with"
+        )
+    model.load_state_dict(state)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

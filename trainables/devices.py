@@ -1,0 +1,87 @@
+"""Devices as a table of strings. A new accelerator is one row here and nothing elsewhere."""
+
+from __future__ import annotations
+
+import importlib
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """One kind of device.
+
+    Attributes:
+        name: torch device type.
+        resource: name of the Ray resource a worker asks for.
+        extension: module that must be imported before torch knows the device; empty for torch's own.
+        backend: collective communication backend.
+        autocast: dtype name for mixed precision; empty where full precision is used.
+    """
+
+    name: str
+    resource: str
+    extension: str
+    backend: str
+    autocast: str
+
+
+DEVICES = {
+    "cpu": Device("cpu", "CPU", "", "gloo", ""),
+    "cuda": Device("cuda", "GPU", "", "nccl", "bfloat16"),
+    "npu": Device("npu", "NPU", "torch_npu", "hccl", "bfloat16"),
+}
+
+
+def _torch_module(device: Device) -> Any:
+    """Return `torch.cpu`, `torch.cuda` or `torch.npu`."""
+    import torch
+
+    if device.extension:
+        importlib.import_module(device.extension)
+    return getattr(torch, device.name)
+
+
+def torch_device(name: str) -> torch.device:
+    """Return the torch device of this process: Ray gives a worker its own accelerators, so the index is 0.
+
+    Raises:
+        RuntimeError: the device is not available here.
+    """
+    import torch
+
+    if not _torch_module(DEVICES[name]).is_available():
+        raise RuntimeError(f"device {name!r} is not available on this machine; `dpt-search doctor` says what is")
+    return torch.device(name) if name == "cpu" else torch.device(name, 0)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done all that was asked of it."""
+    _torch_module(DEVICES[device.type]).synchronize()
+
+
+def autocast(device: torch.device, enabled: bool) -> AbstractContextManager[Any]:
+    """Return the mixed-precision context of the device; one that does nothing where full precision is used."""
+    import torch
+
+    dtype = DEVICES[device.type].autocast
+    if not enabled or not dtype:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, dtype))
+
+
+def describe(device: torch.device) -> str:
+    """Return the hardware's name for reports."""
+    import platform
+
+    if device.type != "cpu":
+        return str(_torch_module(DEVICES[device.type]).get_device_name(0))
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,52 @@
+"""Places: local paths, pyarrow.fs URIs and files inside installed packages, all opened the same way."""
+
+import importlib.resources
+from pathlib import Path
+
+from pyarrow import fs
+
+PACKAGE_SCHEME = "package:"
+
+
+def resolve(location: str) -> tuple[fs.FileSystem, str]:
+    """Return the filesystem and the path on it.
+
+    `package:NAME/PATH` is a file inside an installed package, so that one configuration is right on every node.
+    Relative and `~` paths are made absolute.
+
+    Raises:
+        ValueError: the URI's scheme is unknown or its filesystem cannot be reached.
+    """
+    if location.startswith(PACKAGE_SCHEME):
+        package, _, inner = location.removeprefix(PACKAGE_SCHEME).partition("/")
+        return fs.LocalFileSystem(), str(importlib.resources.files(package) / inner)
+    if "://" not in location:
+        return fs.LocalFileSystem(), str(Path(location).expanduser().absolute())
+    try:
+        filesystem, path = fs.FileSystem.from_uri(location)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"cannot open {location!r}: {error}") from None
+    return filesystem, path
+
+
+def read_bytes(location: str) -> bytes:
+    """Return a file's content.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    filesystem, path = resolve(location)
+    with filesystem.open_input_file(path) as stream:
+        return bytes(stream.readall())
+
+
+def is_dir(location: str) -> bool:
+    """Say whether a folder is there."""
+    filesystem, path = resolve(location)
+    return bool(filesystem.get_file_info(path).type == fs.FileType.Directory)
+
+
+def exists(location: str) -> bool:
+    """Say whether a file or folder is there."""
+    filesystem, path = resolve(location)
+    return bool(filesystem.get_file_info(path).type != fs.FileType.NotFound)

@@ -7,9 +7,7 @@ What lies where is described in docs/architecture.md. State is the trial log, no
 from __future__ import annotations
 
 import json
-import os
 import time
-import uuid
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
@@ -17,10 +15,11 @@ from typing import Any
 
 from pyarrow import fs
 
-from trainables.locations import resolve
+from search_spaces import BadInput
+from trainables.locations import resolve, write_bytes
 
 
-class BadRun(ValueError):
+class BadRun(BadInput):
     """The run directory cannot be used; the message says what to do."""
 
 
@@ -123,22 +122,13 @@ class RunStore:
         Raises:
             BadRun: the directory cannot be written to.
         """
-        target = f"{self.root}/{name}"
         try:
-            self._fs.create_dir(str(PurePosixPath(target).parent), recursive=True)
-            if not self.is_local:
-                self._put(target, content)
-                return
-            unfinished = f"{target}.{uuid.uuid4().hex[:8]}.tmp"
-            self._put(unfinished, content)
-            os.replace(unfinished, target)
+            write_bytes(self.path(name), content)
         except OSError as error:
             reason = error.strerror or str(error).splitlines()[0]
-            raise BadRun(f"cannot write to the run directory {self.location!r} ({reason}): choose another --run-dir") from None
-
-    def _put(self, target: str, content: bytes) -> None:
-        with self._fs.open_output_stream(target) as stream:
-            stream.write(content)
+            raise BadRun(
+                f"cannot write to the run directory {self.location!r} ({reason}): choose another --run-dir"
+            ) from None
 
     def read(self, name: str) -> bytes:
         """Return a file's content.

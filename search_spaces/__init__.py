@@ -13,7 +13,11 @@ FAMILIES = {
 """Model class name -> module with the four verbs `units`, `gates`, `remove`, `merge`."""
 
 
-class UnsupportedModel(ValueError):
+class BadInput(ValueError):
+    """What the user gave cannot be used; the message is one line that says what to do about it."""
+
+
+class UnsupportedModel(BadInput):
     """The model, or one of its blocks, has a structure this method cannot remove units from."""
 
 

@@ -7,12 +7,13 @@ import io
 import safetensors.torch
 import torch
 
+from search_spaces import BadInput
 from search_spaces.timm_compat import timm
 from trainables.locations import read_bytes
 from trainables.settings import ModelSettings
 
 
-class BadModel(ValueError):
+class BadModel(BadInput):
     """The model or its checkpoint cannot be used; the message says what to do."""
 
 
@@ -40,8 +41,17 @@ def build_model(settings: ModelSettings, *, seed: int = 0, drop_path: float = 0.
     except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
         raise BadModel(f"timm cannot build {settings.name} with {settings.kwargs}: {_first_line(error)}") from None
     if settings.checkpoint not in ("", "pretrained"):
-        load_weights(model, read_weights(settings.checkpoint), settings.checkpoint)
+        state = read_weights(settings.checkpoint)
+        if settings.new_head:
+            state |= {k: v for k, v in model.state_dict().items() if k.startswith(_classifiers(model))}
+        load_weights(model, state, settings.checkpoint)
     return model.eval()
+
+
+def _classifiers(model: torch.nn.Module) -> tuple[str, ...]:
+    """Return the prefixes of the classifier's weights, as timm names them."""
+    names = model.pretrained_cfg["classifier"]
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
 
 
 def read_weights(location: str) -> dict[str, torch.Tensor]:

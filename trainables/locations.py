@@ -1,7 +1,8 @@
 """Places: local paths, pyarrow.fs URIs and files inside installed packages, all opened the same way."""
 
 import importlib.resources
-from pathlib import Path
+import uuid
+from pathlib import Path, PurePosixPath
 
 from pyarrow import fs
 
@@ -50,3 +51,24 @@ def exists(location: str) -> bool:
     """Say whether a file or folder is there."""
     filesystem, path = resolve(location)
     return bool(filesystem.get_file_info(path).type != fs.FileType.NotFound)
+
+
+def write_bytes(location: str, content: bytes) -> None:
+    """Write a file whole, with its folders: a reader sees the old one or the new one, never a part.
+
+    Raises:
+        OSError: the place cannot be written to.
+    """
+    filesystem, path = resolve(location)
+    filesystem.create_dir(str(PurePosixPath(path).parent), recursive=True)
+    if not isinstance(filesystem, fs.LocalFileSystem):
+        # An object store shows an object only once its upload is complete.
+        with filesystem.open_output_stream(path) as stream:
+            stream.write(content)
+        return
+    unfinished = Path(f"{path}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        unfinished.write_bytes(content)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

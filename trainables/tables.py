@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 from pyarrow import fs
 
+from search_spaces import BadInput
 from trainables.locations import resolve
 from trainables.settings import DataSettings
 from trainables.splits import Indices
@@ -25,7 +26,7 @@ _SPLIT_NAMES = {"train": "train", "training": "train", "probe": "probe", "val": 
 _TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion_mnist": "FashionMNIST"}
 
 
-class BadData(ValueError):
+class BadData(BadInput):
     """The images or labels cannot be used; the message says what to do."""
 
 
@@ -179,8 +180,9 @@ class DatasetTable(Table):
 
 
 def _open_torchvision(data: DataSettings) -> dict[str, Table]:
-    import search_spaces.timm_compat  # noqa: F401  torchvision loads beside a CPU build of torch only after this
     import torchvision
+
+    import search_spaces.timm_compat  # noqa: F401  torchvision loads beside a CPU build of torch only after this
 
     dataset = getattr(torchvision.datasets, _TORCHVISION[data.path])
     root = resolve(data.root)[1]

@@ -1,0 +1,150 @@
+"""The command line. The only place that prints."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from dpt_search.options import DESCRIPTIONS, parse, read_config, simple_parser
+from search_spaces import BadInput
+
+HELP = """usage: dpt-search VERB [options]
+
+Make a Vision Transformer faster by removing whole layers, and search on Ray for which ones.
+
+  run        everything: from a dense model to a faster one and a report
+  resolve    answer another budget from the trials already paid for, with no training
+  doctor     say what this machine and this model can do
+
+Each stage of a run alone, on a run directory:
+
+{stages}
+
+`dpt-search VERB --help` has the options. `dpt-search run` alone runs the embedded example.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Run one verb.
+
+    Args:
+        argv: arguments after the program's name.
+
+    Returns:
+        0 when all is well, 2 when the user's input is wrong (one line says how), 1 when something else failed, 130
+        when interrupted.
+    """
+    verbs: dict[str, Callable[[list[str]], int]] = {
+        "run": _run,
+        "resolve": _resolve,
+        "doctor": _doctor,
+        **{verb: _stage(verb) for verb in DESCRIPTIONS if verb != "run"},
+    }
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        stages = "\n".join(f"  {verb:<10} {text}" for verb, text in DESCRIPTIONS.items() if verb != "run")
+        print(HELP.format(stages=stages), end="")
+        return 0
+    if argv[0] == "--version":
+        from dpt_search import __version__
+
+        print(f"dpt-search {__version__}")
+        return 0
+    if argv[0] not in verbs:
+        return _fail(f"no verb {argv[0]!r}: use one of {', '.join(verbs)}", 2)
+    try:
+        return verbs[argv[0]](argv[1:])
+    except BadInput as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command goes on from here", 130)
+    except RuntimeError as error:
+        return _fail(str(error), 1)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"dpt-search: {message}", file=sys.stderr)
+    return code
+
+
+def say(line: str) -> None:
+    """Print a line of progress with the time of day."""
+    print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True)
+
+
+def _run(argv: list[str]) -> int:
+    config = read_config("run", argv)
+    from dpt_search.stages import STAGES
+
+    _do(config, list(STAGES))
+    return 0
+
+
+def _stage(verb: str) -> Callable[[list[str]], int]:
+    def work(argv: list[str]) -> int:
+        _do(read_config(verb, argv), [verb])
+        return 0
+
+    return work
+
+
+def _do(config: Any, stages: list[str]) -> None:
+    """Run stages under the run directory's lease, and end with the result as it stands."""
+    from dpt_search.lease import Lease
+    from dpt_search.run import open_run
+    from dpt_search.stages import STAGES
+    from dpt_search.summary import result_table, stage_times
+    from dpt_search.store import RunStore
+
+    with Lease(RunStore(config.run_dir)), open_run(config, say) as run:
+        say(f"run directory {run.store.root if run.store.is_local else config.run_dir}")
+        for name in stages:
+            STAGES[name](run)
+        if stages == list(STAGES):
+            print(f"\n{stage_times(run.store)}\n\n{result_table(run.store)}\n")
+        if stages[-1] == "report":
+            print(f"report: {run.store.path('report.html')}")
+
+
+def _resolve(argv: list[str]) -> int:
+    parser = simple_parser("resolve", "Answer budgets from the trials already paid for, with no training.")
+    parser.add_argument("run", metavar="RUN", help="The run directory.")
+    parser.add_argument("--budget", required=True, help="units=8, or several at once: units=4,6,8,10.")
+    given = parse(parser, argv)
+    from dpt_search.run import recorded_run
+    from dpt_search.stages import decide
+    from dpt_search.summary import recommendation_table
+    from search_spaces.budgets import parse_budgets
+
+    try:
+        budgets = parse_budgets(given.budget)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+    print(recommendation_table(decide(recorded_run(given.run, say), budgets)["budgets"]))
+    return 0
+
+
+def _doctor(argv: list[str]) -> int:
+    parser = simple_parser("doctor", "Say what this machine and this model can do.")
+    parser.add_argument("--model", default="", help="timm name of a model to look at.")
+    given = parse(parser, argv)
+    from dpt_search.doctor import examine
+
+    problems = 0
+    for line, ok in examine(given.model):
+        print(f"{'ok  ' if ok else 'NO  '} {line}", flush=True)
+        problems += not ok
+    return 1 if problems else 0
+
+
+def entry() -> None:
+    """Console script."""
+    # A reader that went away (`| head`) is no error of ours.
+    try:
+        code = main(sys.argv[1:])
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)

@@ -1,0 +1,196 @@
+"""The configuration of a run: one frozen dataclass, checked at once, recorded in run.json.
+
+Identity fields say what the run is about: with another value it would be another run, so a change is refused. The
+others may grow: more trials, other budgets, more workers, a longer fine-tune go on from what is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from search_spaces import BadInput
+from search_spaces.budgets import Budget, parse_budgets
+from trainables.settings import DataSettings, ModelSettings, Recipe
+
+SAMPLER_NAMES = ("map", "tpe", "gp", "cmaes", "qmc", "random", "grid")
+
+
+class BadConfig(BadInput):
+    """The configuration cannot be used; the message names the field and says what to do."""
+
+
+def _adapt_recipe() -> Recipe:
+    return Recipe(epochs=0, lr=2e-3, warmup_epochs=0.5, clip_grad=1.0)
+
+
+def _finetune_recipe() -> Recipe:
+    return Recipe(epochs=10, lr=3e-3, warmup_epochs=0.5, ema=0.998, distillation="soft")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All that a run depends on."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    """The dense model."""
+    data: DataSettings = field(default_factory=DataSettings)
+    """Images and labels."""
+    run_dir: str = "runs/default"
+    """Directory of the run: a path or a pyarrow.fs URI (s3://, gs://, hdfs://)."""
+    seed: int = 0
+    """Fixes splits, subset, order, trials and sampler."""
+    device: Literal["cpu", "cuda", "npu"] = "cpu"
+    """Where models run."""
+    budget: str = "units=4,6,8,10"
+    """What results must reach: units=8, or several at once: units=4,6,8,10."""
+    finetune_budget: str = ""
+    """The budget whose recommendation is fine-tuned and exported; empty: the largest."""
+    adapt: Recipe = field(default_factory=_adapt_recipe)
+    """How the dense model is adapted to the data first; adapt.epochs=0 (--adapt-epochs) leaves it as it is."""
+    rank_batches: int = 16
+    """Batches of 64 images that the ranking looks at."""
+    timing_batches: list[int] = field(default_factory=lambda: [1, 64])
+    """Batch sizes at which speed is measured."""
+    timing_seconds: float = 10.0
+    """Time the profile takes for its measurements."""
+    sampler: Literal["map", "tpe", "gp", "cmaes", "qmc", "random", "grid"] = "map"
+    """Who proposes trials: map is this product's own, the others are Optuna's."""
+    trial: Recipe = field(default_factory=Recipe)
+    """The short fine-tune of a trial."""
+    max_trials: int = 12
+    """Number of trials in all, those of earlier starts counted."""
+    max_hours: float = 0.0
+    """Stop proposing trials after this long; 0: no limit."""
+    trial_timeout: float = 0.0
+    """Fail a trial that takes more seconds than this; 0: no limit."""
+    max_concurrent: int = 0
+    """Trials at a time; 0: what the cluster holds, at most a quarter of the feasible cells."""
+    max_failures: int = 5
+    """Stop the search after this many failed trials in a row."""
+    cpus_per_trial: int = 1
+    """CPU cores, and threads, of one trial."""
+    devices_per_trial: float = 1.0
+    """Accelerators of one trial; a fraction shares one."""
+    finetune: Recipe = field(default_factory=_finetune_recipe)
+    """The long fine-tune of the winner."""
+    finetune_workers: int = 1
+    """Workers of the long fine-tune; they share every batch."""
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """The budgets asked for, smallest first."""
+        return parse_budgets(self.budget)
+
+    @property
+    def chosen_budget(self) -> Budget:
+        """The budget whose recommendation is fine-tuned."""
+        return parse_budgets(self.finetune_budget)[0] if self.finetune_budget else self.budgets[-1]
+
+
+_GROWING = (
+    "run_dir", "budget", "finetune_budget", "max_trials", "max_hours", "trial_timeout", "max_concurrent",
+    "max_failures", "cpus_per_trial", "devices_per_trial", "finetune.", "finetune_workers", "data.cache_dir",
+    "data.workers", "data.root", "timing_batches", "timing_seconds", "sampler",
+)  # fmt: skip
+"""Fields, or groups of them, that a later start may change."""
+
+
+def check(config: RunConfig) -> None:
+    """Refuse what can be seen to be wrong without opening anything.
+
+    Raises:
+        BadConfig: a field's value makes no sense.
+    """
+    if not config.model.name:
+        raise BadConfig("model.name is missing: name a timm model, such as --model.name deit_small_patch16_224")
+    if bool(config.data.path) == bool(config.data.factory):
+        raise BadConfig("give either data.path or data.factory")
+    try:
+        if config.finetune_budget and config.chosen_budget not in config.budgets:
+            raise BadConfig(f"finetune_budget {config.finetune_budget!r} is not one of budget {config.budget!r}")
+    except ValueError as error:
+        raise BadConfig(str(error)) from None
+    for name, low in _LOWEST.items():
+        value = _flat(asdict(config))[name]
+        if value < low:
+            raise BadConfig(f"{name} is {value}, but must be at least {low}")
+    if any(batch < 1 for batch in config.timing_batches) or not config.timing_batches:
+        raise BadConfig("timing_batches needs at least one batch size, each at least 1")
+    if config.model.new_head and not config.adapt.epochs:
+        raise BadConfig("model.new_head starts an untrained classifier: set adapt_epochs to train it first")
+    _check_recipes(config)
+
+
+def _check_recipes(config: RunConfig) -> None:
+    for name in ("adapt", "trial", "finetune"):
+        recipe: Recipe = getattr(config, name)
+        if (recipe.mixup or recipe.cutmix) and recipe.batch_size % 2:
+            raise BadConfig(f"{name}.batch_size must be even with mixup or cutmix")
+        if config.data.subset and name == "trial" and config.data.subset < recipe.batch_size:
+            raise BadConfig(f"data.subset ({config.data.subset}) is smaller than trial.batch_size ({recipe.batch_size})")
+    if config.finetune.batch_size % config.finetune_workers:
+        raise BadConfig("finetune.batch_size must be a multiple of finetune_workers")
+
+
+_LOWEST: dict[str, float] = {
+    "max_trials": 1,
+    "max_hours": 0,
+    "trial_timeout": 0,
+    "max_concurrent": 0,
+    "max_failures": 1,
+    "cpus_per_trial": 1,
+    "devices_per_trial": 0.01,
+    "finetune_workers": 1,
+    "rank_batches": 1,
+    "timing_seconds": 0,
+    "data.subset": 0,
+    "data.val_limit": 0,
+    "data.workers": 0,
+    "trial.epochs": 1,
+    "finetune.epochs": 1,
+    "adapt.epochs": 0,
+    "trial.batch_size": 1,
+    "finetune.batch_size": 1,
+    "adapt.batch_size": 1,
+    "trial.lr": 0,
+    "finetune.lr": 0,
+}
+
+
+def identity(config: RunConfig) -> dict[str, Any]:
+    """Return the fields that say what the run is about, by dotted name."""
+    return {name: value for name, value in _flat(asdict(config)).items() if not name.startswith(_GROWING)}
+
+
+def check_same_run(recorded: dict[str, Any], config: RunConfig) -> None:
+    """Refuse a configuration that is about something else than the run directory's.
+
+    Args:
+        recorded: the configuration in run.json, as plain data.
+        config: the configuration of this start.
+
+    Raises:
+        BadConfig: an identity field differs, naming it.
+    """
+    before = _flat(recorded)
+    for name, value in identity(config).items():
+        if name in before and before[name] != value:
+            raise BadConfig(
+                f"{name} is {value!r}, but the run in {config.run_dir!r} was started with {before[name]!r}: "
+                "keep it, or choose another --run-dir"
+            )
+
+
+def _flat(nested: dict[str, Any]) -> dict[str, Any]:
+    return dict(_items(nested, ""))
+
+
+def _items(nested: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in nested.items():
+        # model.kwargs is the user's own mapping: one value.
+        if isinstance(value, dict) and name != "kwargs":
+            yield from _items(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

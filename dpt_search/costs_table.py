@@ -1,0 +1,48 @@
+"""costs.parquet: what the dense model costs and what each unit saves, one row each, as the profile measured it."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpt_search.store import BadRun, RunStore
+from search_spaces.costs import Cost, UnitCosts
+from search_spaces.plan import Unit
+
+NAME = "costs.parquet"
+_SECONDS = "seconds_"
+
+
+def write_costs(store: RunStore, device: str, rows: list[dict[str, Any]]) -> None:
+    """Write the profile's rows: kind (`dense` for the model as built), index, macs, params, seconds_B and spread_B."""
+    table = pa.Table.from_pylist(rows).replace_schema_metadata({"device": device})
+    stream = io.BytesIO()
+    pq.write_table(table, stream)
+    store.write(NAME, stream.getvalue())
+
+
+def read_costs(store: RunStore) -> UnitCosts | None:
+    """Return the costs of the run; None before the profile.
+
+    Raises:
+        BadRun: the file is there and cannot be read.
+    """
+    if not store.exists(NAME):
+        return None
+    try:
+        table = pq.read_table(io.BytesIO(store.read(NAME)))
+        rows = {(row["kind"], row["index"]): _cost(row) for row in table.to_pylist()}
+        dense = rows.pop(("dense", -1))
+    except (pa.ArrowException, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadRun(f"cannot read {store.path(NAME)} ({reason}): remove it to have it measured again") from None
+    device = (table.schema.metadata or {}).get(b"device", b"").decode()
+    return UnitCosts(dense, {Unit(kind, index): cost for (kind, index), cost in rows.items()}, device)
+
+
+def _cost(row: dict[str, Any]) -> Cost:
+    seconds = {int(name.removeprefix(_SECONDS)): row[name] for name in row if name.startswith(_SECONDS)}
+    return Cost(row["macs"], row["params"], seconds)

@@ -1,0 +1,68 @@
+"""One line for every trial and every epoch, with the time that is left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from dpt_search.store import Finished, RunStore, TrialLog
+from search_spaces.plan import PruningPlan
+
+
+class TrialLines:
+    """Says how each trial ended."""
+
+    def __init__(self, say: Callable[[str], None], log: TrialLog, max_trials: int, concurrent: int) -> None:
+        self._say, self._log, self._max_trials = say, log, max_trials
+        self._start, self._before = time.monotonic(), len(log.finished)
+        done = f", {self._before} done before" if self._before else ""
+        say(f"search: {max_trials} trials{done}, {concurrent} at a time")
+
+    def ended(self, record: Finished) -> None:
+        """Say how one trial ended and how long the rest will take."""
+        done = len(self._log.finished)
+        pace = (time.monotonic() - self._start) / max(1, done - self._before)
+        left = f"{done} of {self._max_trials} done, {duration(pace * (self._max_trials - done))} left"
+        cell = PruningPlan.parse(record.plan).cell
+        if record.accuracy is None:
+            self._say(f"trial {record.trial} {cell}: failed: {record.error}; {left}")
+            return
+        path = " -> ".join(f"{a:.1%}" for a in [record.removed_accuracy or 0.0, *record.accuracies])
+        self._say(f"trial {record.trial} {cell}: val {path}, {record.seconds:.0f} s; {left}")
+
+
+class EpochLines:
+    """Says how each epoch of a long fine-tune ended, as the workers record it."""
+
+    def __init__(self, say: Callable[[str], None], store: RunStore, name: str, digest: str, epochs: int) -> None:
+        self._say, self._store, self._name, self._digest, self._epochs = say, store, name, digest, epochs
+        self._shown = len(self._records())
+        if self._shown:
+            say(f"going on after epoch {self._shown}")
+
+    def show(self) -> None:
+        """Say what has happened since the last call."""
+        records = self._records()
+        for record in records[self._shown :]:
+            left = record["seconds"] * (self._epochs - record["epoch"])
+            self._say(
+                f"epoch {record['epoch']} of {self._epochs}: loss {record['loss']:.3f}, val {record['accuracy']:.1%}, "
+                f"{record['images_per_second']:.0f} images/s; {duration(left)} left"
+            )
+        self._shown = len(records)
+
+    def _records(self) -> list[dict[str, Any]]:
+        found = self._store.read_json(self._name)
+        if found is None or found["inputs"] != self._digest:
+            return []
+        records: list[dict[str, Any]] = found["epochs"]
+        return records
+
+
+def duration(seconds: float) -> str:
+    """Return a length of time as a person says it."""
+    if seconds < 90:
+        return f"{max(0, round(seconds))} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"

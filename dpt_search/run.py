@@ -1,0 +1,180 @@
+"""A run: its configuration, its directory, and the rule by which a stage is skipped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dpt_search.config import RunConfig, check, check_same_run, identity
+from dpt_search.remote import call, ray_session
+from dpt_search.store import BadRun, RunStore
+from trainables.settings import ModelSettings
+from trainables.tasks import Task
+
+PACKAGES = ("dpt-search", "torch", "timm", "ray", "optuna", "pyarrow", "numpy")
+
+
+@dataclass
+class Run:
+    """One run as the stages see it.
+
+    Attributes:
+        config: checked configuration.
+        store: the run directory.
+        say: prints a line for the user.
+    """
+
+    config: RunConfig
+    store: RunStore
+    say: Callable[[str], None]
+    _open: ExitStack = field(default_factory=ExitStack)
+    _ray: bool = False
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def start_ray(self) -> None:
+        """Start or join Ray, once; it is left when the run is."""
+        if not self._ray:
+            self.say("starting Ray")
+            self._open.enter_context(ray_session(self.config))
+            self._ray = True
+
+    def call(self, target: str, *args: Any, cpus: float = 1, on_wait: Callable[[], None] = lambda: None) -> Any:
+        """Call a function on a worker (see `remote.call`)."""
+        self.start_ray()
+        devices = 0.0 if cpus == 0 else 1.0
+        return call(self.config, target, *args, cpus=cpus, devices=devices, on_wait=on_wait)
+
+    @property
+    def model(self) -> ModelSettings:
+        """The dense model of all stages after the first: the adapted one, if it was adapted."""
+        if not self.config.adapt.epochs:
+            return self.config.model
+        return replace(self.config.model, checkpoint=self.store.path("dense/model.safetensors"), new_head=False)
+
+    def task(self, threads: int = 1) -> dict[str, Any]:
+        """Return what every stage on a worker is told, as keyword arguments of its task."""
+        return {
+            "model": self.model,
+            "data": self.config.data,
+            "seed": self.config.seed,
+            "device": self.config.device,
+            "threads": threads,
+        }
+
+    def stage(self, name: str, inputs: Any, output: str, work: Callable[[str], None]) -> bool:
+        """Do a stage's work, unless its output is there and its inputs have not changed.
+
+        Args:
+            name: the stage.
+            inputs: plain data that the result depends on.
+            output: a file the work writes; `work` runs when it is missing.
+            work: does it; is given the inputs' digest.
+
+        Returns:
+            Whether the work was done now.
+        """
+        digest, stamp = digest_of(inputs), f"stages/{name}.json"
+        done = self.store.read_json(stamp)
+        if done is not None and done["inputs"] == digest and self.store.exists(output):
+            self.say(f"{name}: already done")
+            return False
+        start = time.monotonic()
+        work(digest)
+        spent = time.monotonic() - start
+        # A stage that goes on (more trials, say) adds to the time it took before.
+        earlier = done["seconds"] if done is not None and name == "search" else 0.0
+        self.store.write_json(
+            stamp, {"stage": name, "inputs": digest, "seconds": earlier + spent, "finished_at": time.time()}
+        )
+        return True
+
+
+def digest_of(inputs: Any) -> str:
+    """Return a short digest of plain data."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def identity_of(config: RunConfig) -> dict[str, Any]:
+    """Return what the dense model, the ranking and the trials depend on, sorted."""
+    return dict(sorted(identity(config).items()))
+
+
+def open_run(config: RunConfig, say: Callable[[str], None]) -> Run:
+    """Check the configuration, against the run directory's too, and record it.
+
+    Raises:
+        BadConfig: the configuration cannot be used, or is that of another run.
+        BadRun: the run directory cannot be written to.
+    """
+    check(config)
+    store = RunStore(config.run_dir)
+    recorded = store.read_json("run.json")
+    if recorded is not None:
+        check_same_run(recorded["config"], config)
+    store.write_json(
+        "run.json",
+        {
+            "config": asdict(config),
+            "versions": versions(),
+            "commit": _commit(),
+            "created": recorded["created"] if recorded is not None else time.time(),
+            "command": " ".join(sys.argv),
+        },
+    )
+    return Run(config, store, say)
+
+
+def recorded_run(location: str, say: Callable[[str], None]) -> Run:
+    """Open a run directory as it is, for reading.
+
+    Raises:
+        BadRun: it is no run directory.
+    """
+    store = RunStore(location)
+    recorded = store.read_json("run.json")
+    if recorded is None:
+        raise BadRun(f"{location!r} is no run directory: it has no run.json")
+    return Run(replace(RunConfig(), seed=recorded["config"]["seed"], run_dir=location), store, say)
+
+
+def base_task(run: Run) -> Task:
+    """Return the task of a stage that needs no more than the dense model and the data."""
+    return Task(**run.task())
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that matter, as installed here."""
+    found = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            # A checkout that was not installed, or a driver that needs no torch.
+            continue
+    return found
+
+
+def _commit() -> str:
+    """Return the checkout's commit, or nothing where there is no checkout."""
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,0 +1,77 @@
+"""The run's results as text tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dpt_search.progress import duration
+from dpt_search.store import RunStore
+
+
+def stage_times(store: RunStore) -> str:
+    """Return seconds by stage, as of the latest time each was done."""
+    rows = []
+    for name in store.names("stages"):
+        stamp = store.read_json(f"stages/{name}")
+        rows.append((stamp["finished_at"], stamp["stage"], duration(stamp["seconds"])))
+    ordered = [(stage, text) for _, stage, text in sorted(rows)]
+    return _table(("stage", "time"), ordered)
+
+
+def recommendation_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return one line per budget: cell, predicted accuracy and speedup, how sure, and the plan."""
+    lines = []
+    for row in rows:
+        speedup = " / ".join(f"{value:.2f}x" for value in row["speedup"].values())
+        lines.append(
+            (
+                row["budget"], f"({row['cell'][0]},{row['cell'][1]})", f"{row['mean']:.1%} ± {1.96 * row['sd']:.1%}",
+                speedup, f"{row['probability_best']:.0%}", row["status"], row["plan"],
+            )
+        )  # fmt: skip
+    batches = "/".join(rows[0]["speedup"]) if rows else ""
+    header = ("budget", "cell", "val accuracy", f"speedup at {batches}", "best with", "status", "plan")
+    return _table(header, lines)
+
+
+def result_table(store: RunStore) -> str:
+    """Return dense against merged: accuracy on test with intervals, parameters, MACs and measured speedup."""
+    summary = store.read_json("export/summary.json")
+    if summary is None:
+        return "nothing exported yet"
+    dense, merged, change = summary["dense"], summary["merged"], summary["difference"]
+    rows = [
+        ("accuracy on test", _accuracy(dense), _accuracy(merged), _points(change)),
+        ("parameters", f"{dense['params']:,}", f"{merged['params']:,}", _ratio(dense["params"], merged["params"])),
+        ("MACs an image", _millions(dense["macs"]), _millions(merged["macs"]), _ratio(dense["macs"], merged["macs"])),
+    ]
+    for batch, timing in summary["timing"].items():
+        per_second = [f"{int(batch) / timing[key]:,.0f} images/s" for key in ("dense_seconds", "merged_seconds")]
+        speedup = f"{timing['speedup']:.2f}x ({timing['low']:.2f} to {timing['high']:.2f})"
+        rows.append((f"speed at batch {batch}", *per_second, speedup))
+    title = f"{summary['budget']}: {summary['plan']}  ({dense['images']} test images, {summary['device']})"
+    return f"{title}\n\n{_table(('', 'dense', 'merged', 'change'), rows)}"
+
+
+def _accuracy(found: dict[str, float]) -> str:
+    return f"{found['accuracy']:.2%} ({found['low']:.2%} to {found['high']:.2%})"
+
+
+def _points(change: dict[str, float]) -> str:
+    return f"{100 * change['mean']:+.2f} points ({100 * change['low']:+.2f} to {100 * change['high']:+.2f})"
+
+
+def _millions(value: float) -> str:
+    return f"{value / 1e6:,.2f} M"
+
+
+def _ratio(before: float, after: float) -> str:
+    return f"{before / after:.2f}x fewer"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay text out in columns."""
+    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
+    lines = ["  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
+    return "\n".join([lines[0].rstrip(), "  ".join("-" * width for width in widths), *(x.rstrip() for x in lines[1:])])

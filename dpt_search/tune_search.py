@@ -1,0 +1,241 @@
+"""The search on Ray Tune: proposals from an Optuna sampler, every one of them recorded before it runs."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.trial import TrialState
+from ray import tune
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
+
+from dpt_search.store import Finished, Proposed, RunStore, TrialLog
+from search_spaces.plan import PruningPlan, Ranking
+from search_spaces.ratios import Cell
+from trainables.pruning_trial import PruningTrial, error_location
+from trainables.tasks import TrialTask
+
+START = "dense"
+"""What every trial's weights start from."""
+RETRIES = 2
+"""How often a trial whose worker was lost goes on from its last epoch on another."""
+
+
+class SearchFailed(RuntimeError):
+    """Too many trials in a row failed; the message has the last one's reason."""
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """What a search is told.
+
+    Attributes:
+        name: the sampler's name, for the record.
+        sampler: proposes values of `distributions`.
+        distributions: the study's parameters.
+        cell_of: translates proposed values into a cell.
+        ranking: translates a cell into a plan.
+        seed: the run's seed; a trial's is this plus its number.
+        max_trials: number of trials in all, recorded ones counted.
+        max_failures: failed trials in a row that stop the search.
+        deadline: clock time (seconds since the epoch) after which nothing is proposed.
+    """
+
+    name: str
+    sampler: optuna.samplers.BaseSampler
+    distributions: dict[str, BaseDistribution]
+    cell_of: Callable[[dict[str, int]], Cell]
+    ranking: Ranking
+    seed: int
+    max_trials: int
+    max_failures: int
+    deadline: float = math.inf
+
+
+class RecordedSearch(Searcher):
+    """Optuna's proposals for Tune, each recorded in the trial log before it runs and again when it ended.
+
+    A search is rebuilt from the log alone: finished trials are told to the study, unfinished ones are proposed again
+    under their numbers before anything new is.
+    """
+
+    def __init__(self, plan: SearchPlan, log: TrialLog, task: TrialTask, on_end: Callable[[Finished], None]) -> None:
+        super().__init__(metric="accuracy", mode="max")
+        self._plan, self._log, self._task, self._on_end = plan, log, task, on_end
+        self._resumed = log.unfinished
+        self._running: dict[str, Proposed] = {}
+        self._failures = 0
+        self.stopped = ""
+        self._optuna = OptunaSearch(
+            plan.distributions,
+            metric="accuracy",
+            mode="max",
+            sampler=plan.sampler,
+            points_to_evaluate=[record.params for record in self._resumed] or None,
+            study_name="search",
+            storage=_study_storage(plan, log),
+        )
+
+    @property
+    def remaining(self) -> int:
+        """Number of trials still to run."""
+        return len(self._resumed) + max(0, self._plan.max_trials - len(self._log.proposed))
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """Return the next trial's configuration, or that there is none."""
+        if self._resumed:
+            record = self._resumed.pop(0)
+            self._optuna.suggest(trial_id)
+        elif self._is_over():
+            return str(Searcher.FINISHED)
+        else:
+            record = self._propose(self._optuna.suggest(trial_id))
+        self._running[trial_id] = record
+        return {"trial": record.trial, "plan": record.plan, "seed": record.seed}
+
+    def _is_over(self) -> bool:
+        return bool(
+            self.stopped or len(self._log.proposed) >= self._plan.max_trials or time.time() > self._plan.deadline
+        )
+
+    def _propose(self, params: dict[str, int]) -> Proposed:
+        number = self._log.next_trial
+        record = Proposed(
+            trial=number,
+            plan=str(self._plan.ranking.plan(self._plan.cell_of(params))),
+            start=START,
+            seed=self._plan.seed + number,
+            seen=sum(f.accuracy is not None for f in self._log.finished.values()),
+            sampler=self._plan.name,
+            params={name: int(value) for name, value in params.items()},
+        )
+        self._log.propose(record)
+        return record
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Accuracies of earlier epochs are not told to the sampler: they rank cells wrongly."""
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Record how a trial ended, and tell the study."""
+        proposed = self._running.pop(trial_id)
+        record = self._finished(proposed, result or {}, error)
+        self._log.finish(record)
+        if record.accuracy is None:
+            self._optuna.on_trial_complete(trial_id, None, error=True)
+            self._count_failure(record)
+        else:
+            self._failures = 0
+            self._optuna.on_trial_complete(trial_id, {"accuracy": record.accuracy})
+        self._on_end(record)
+
+    def _finished(self, proposed: Proposed, result: dict[str, Any], error: bool) -> Finished:
+        reason = result.get("error", "") or (_left_reason(self._task, proposed.trial) if error else "")
+        known = {f.name for f in fields(Finished)} - {"trial", "plan", "start", "status", "error", "time"}
+        return Finished(
+            trial=proposed.trial,
+            plan=proposed.plan,
+            start=proposed.start,
+            status="failed" if reason else "finished",
+            error=reason,
+            **{name: result[name] for name in known if name in result},
+        )
+
+    def _count_failure(self, record: Finished) -> None:
+        self._failures += 1
+        if self._failures >= self._plan.max_failures:
+            self.stopped = f"{self._failures} trials in a row failed; the last one: {record.error}"
+
+    def save(self, checkpoint_path: str) -> None:
+        """Tune's snapshots hold nothing: the trial log is the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """See `save`."""
+
+
+def _left_reason(task: TrialTask, number: int) -> str:
+    store = RunStore(task.checkpoints)
+    name = error_location(task, number).rsplit("/", 1)[-1]
+    return store.read(name).decode() if store.exists(name) else "its worker was lost"
+
+
+def _study_storage(plan: SearchPlan, log: TrialLog) -> optuna.storages.InMemoryStorage:
+    """Return a storage whose study `search` holds every finished trial of the log that fits the parameters."""
+    storage = optuna.storages.InMemoryStorage()
+    study = optuna.create_study(storage=storage, study_name="search", direction="maximize", sampler=plan.sampler)
+    for number in sorted(log.finished):
+        trial = _frozen_trial(plan, log.proposed.get(number), log.finished[number])
+        if trial is not None:
+            study.add_trial(trial)
+    return storage
+
+
+def _frozen_trial(plan: SearchPlan, proposed: Proposed | None, finished: Finished) -> optuna.trial.FrozenTrial | None:
+    """Return a recorded trial as the study knows it; None when the study's parameters cannot express it."""
+    cell = PruningPlan.parse(finished.plan).cell
+    params = {"n_attn": cell.n_attn, "n_act": cell.n_act}
+    if proposed is not None and set(proposed.params) == set(plan.distributions):
+        params = proposed.params
+    params = {name: value for name, value in params.items() if name in plan.distributions}
+    accuracy = finished.accuracy
+    try:
+        return optuna.trial.create_trial(
+            state=TrialState.FAIL if accuracy is None else TrialState.COMPLETE,
+            value=accuracy,
+            params=params,
+            distributions=plan.distributions,
+        )
+    except ValueError:
+        return None
+
+
+def run_search(
+    plan: SearchPlan,
+    log: TrialLog,
+    task: TrialTask,
+    resources: dict[str, float],
+    concurrent: int,
+    on_end: Callable[[Finished], None],
+) -> None:
+    """Run all trials that are left, `concurrent` at a time; every one is in the log when this returns.
+
+    Args:
+        plan: what to search, and how far.
+        log: the run's trials so far; grows.
+        task: what the trials share.
+        resources: Ray resources of one trial.
+        concurrent: number of trials at a time.
+        on_end: called with every trial's record when it ended.
+
+    Raises:
+        SearchFailed: too many trials in a row failed.
+    """
+    search = RecordedSearch(plan, log, task, on_end)
+    trainable = tune.with_resources(
+        tune.with_parameters(PruningTrial, task=task), tune.PlacementGroupFactory([resources])
+    )
+    with tempfile.TemporaryDirectory(prefix="dpt_search_") as scratch:
+        tuner = tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                search_alg=search,
+                num_samples=max(1, search.remaining),
+                max_concurrent_trials=concurrent,
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(
+                name="trials",
+                storage_path=scratch,
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=RETRIES),
+            ),
+        )
+        tuner.fit()
+    if search.stopped:
+        raise SearchFailed(search.stopped)

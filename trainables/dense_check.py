@@ -1,0 +1,69 @@
+"""Is the dense model worth pruning? Its accuracy on val, against chance, before anything is paid for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from search_spaces import family_of
+from trainables.data import carved_splits
+from trainables.dense import BadModel
+from trainables.devices import describe
+from trainables.engine import evaluate
+from trainables.intervals import accuracy_interval
+from trainables.tasks import Task
+from trainables.workspace import Workspace
+
+
+def check_model(task: Task) -> dict[str, Any]:
+    """Build the dense model and open the data: whatever is wrong with either shows here, at once.
+
+    Returns:
+        The number of removable units of each kind.
+    """
+    workspace = Workspace(task)
+    for split in ("train", "val"):
+        workspace.images(split, 64)
+    units = family_of(workspace.dense).units(workspace.dense)
+    return {kind: [u.index for u in units if u.kind == kind] for kind in ("attn", "act")}
+
+
+def check_dense(task: Task) -> dict[str, Any]:
+    """Evaluate the dense model on val.
+
+    Returns:
+        Accuracy with its interval, images, classes, chance (share of the largest class), and warnings.
+
+    Raises:
+        BadModel: the accuracy is not clearly above chance.
+    """
+    workspace = Workspace(task)
+    val = workspace.images("val", task.data.val_limit)
+    chance = float(np.bincount(val.labels).max() / len(val))
+    found = accuracy_interval(evaluate(workspace.dense, val, workspace.device))
+    # Twice chance for many classes; a tenth of the way to perfect for few.
+    if found["low"] <= min(2 * chance, chance + 0.1 * (1 - chance)):
+        raise BadModel(
+            f"the dense model's accuracy on val is {found['accuracy']:.1%} and chance is {chance:.1%}, so there is "
+            "nothing to prune: check the order of the labels, data.mean and data.std, and model.checkpoint, or train "
+            "it on this data first with --adapt-epochs"
+        )
+    return {
+        **found,
+        "images": len(val),
+        "classes": int(workspace.dense.num_classes),
+        "chance": chance,
+        "device": describe(workspace.device),
+        "warnings": _warnings(task),
+    }
+
+
+def _warnings(task: Task) -> list[str]:
+    carved = carved_splits(task.data)
+    if not carved:
+        return []
+    return [
+        f"the data has no {' and no '.join(carved)} split, so it was taken from the training images: accuracies on it "
+        "are too good if the dense model was trained on these images"
+    ]

@@ -1,0 +1,116 @@
+"""What a stage on a worker is told: frozen, torch-free, made by the driver and sent as it is."""
+
+from dataclasses import dataclass
+
+from trainables.settings import DataSettings, ModelSettings, Recipe
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every stage is told.
+
+    Attributes:
+        model: the dense model, as adapted if it was.
+        data: the images.
+        seed: the run's seed.
+        device: row of `devices.DEVICES`.
+        threads: CPU threads the process may use.
+    """
+
+    model: ModelSettings
+    data: DataSettings
+    seed: int
+    device: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class ProfileTask(Task):
+    """Measure the costs of every unit.
+
+    Attributes:
+        batches: batch sizes to time.
+        seconds: time to spend on all measurements.
+    """
+
+    batches: tuple[int, ...] = (1, 64)
+    seconds: float = 10.0
+
+
+@dataclass(frozen=True)
+class RankTask(Task):
+    """Rank the units within each kind.
+
+    Attributes:
+        batches: number of batches of 64 training images.
+    """
+
+    batches: int = 16
+
+
+@dataclass(frozen=True)
+class TrialTask(Task):
+    """What all trials of a run share.
+
+    Attributes:
+        recipe: the short fine-tune.
+        checkpoints: folder or URI for the states of running trials.
+        timeout: seconds after which a trial fails; 0 for no limit.
+    """
+
+    recipe: Recipe
+    checkpoints: str
+    timeout: float = 0.0
+
+
+@dataclass(frozen=True)
+class FinetuneTask(Task):
+    """A long fine-tune.
+
+    Attributes:
+        recipe: how to train.
+        plan: text form of what is removed first; `dense` for nothing.
+        folder: place or URI for the state, the progress and the weights.
+        inputs: digest of all that the result depends on; a state with another digest is not gone on from.
+        workers: number of worker processes.
+    """
+
+    recipe: Recipe
+    plan: str
+    folder: str
+    inputs: str
+    workers: int = 1
+
+    @property
+    def state(self) -> str:
+        """Where the state after the newest epoch is."""
+        return f"{self.folder}/state.pt"
+
+    @property
+    def progress(self) -> str:
+        """Where the records of the epochs done are, for the driver to show."""
+        return f"{self.folder}/progress.json"
+
+    @property
+    def weights(self) -> str:
+        """Where the result's weights go: unmerged, safetensors."""
+        return f"{self.folder}/model.safetensors"
+
+
+@dataclass(frozen=True)
+class ExportTask(Task):
+    """Merge, check, test and time a fine-tuned plan.
+
+    Attributes:
+        plan: text form of what is removed.
+        weights: the fine-tuned, unmerged weights.
+        folder: where the export goes.
+        batches: batch sizes to time.
+        repeats: timing rounds per batch size.
+    """
+
+    plan: str
+    weights: str
+    folder: str
+    batches: tuple[int, ...] = (1, 64)
+    repeats: int = 30

@@ -1,0 +1,80 @@
+"""What every stage on a worker starts from: the dense model, its view of the images, and the device."""
+
+from __future__ import annotations
+
+import copy
+import platform
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from search_spaces import family_of
+from search_spaces.plan import PruningPlan
+from search_spaces.timm_compat import timm
+from trainables.data import ImageSet, View, load_images
+from trainables.dense import build_model
+from trainables.devices import torch_device
+from trainables.tables import BadData
+from trainables.tasks import Task
+
+
+@dataclass
+class Workspace:
+    """The dense model and its images, loaded once per process and shared by all that runs there."""
+
+    task: Task
+    drop_path: float = 0.0
+    _sets: dict[tuple[str, int], ImageSet] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        torch.set_num_threads(max(1, self.task.threads))
+
+    @cached_property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        return torch_device(self.task.device)
+
+    @cached_property
+    def dense(self) -> torch.nn.Module:
+        """The dense model on the CPU; never trained or pruned in place."""
+        return build_model(self.task.model, seed=self.task.seed, drop_path=self.drop_path)
+
+    @cached_property
+    def view(self) -> View:
+        """How the model wants its images."""
+        return View.of(self.dense, self.task.data)
+
+    def pruned(self, plan: PruningPlan) -> torch.nn.Module:
+        """Return a copy of the dense model without the plan's units, not merged."""
+        model = copy.deepcopy(self.dense)
+        pruned: torch.nn.Module = family_of(model).remove(model, plan)
+        return pruned
+
+    def images(self, split: str, limit: int = 0, *, may_read_test: bool = False) -> ImageSet:
+        """Return a split's images, or a fixed class-balanced subset of `limit` of them.
+
+        Raises:
+            BadData: a label is not one of the model's classes, or the data cannot be used.
+        """
+        key = (split, limit)
+        if key not in self._sets:
+            images = load_images(
+                self.task.data, split, self.view, self.task.seed, limit=limit, may_read_test=may_read_test
+            )
+            self._check_labels(images, split)
+            self._sets[key] = images
+        return self._sets[key]
+
+    def _check_labels(self, images: ImageSet, split: str) -> None:
+        classes, low, high = int(self.dense.num_classes), int(images.labels.min()), int(images.labels.max())
+        if low < 0 or high >= classes:
+            raise BadData(
+                f"{split} has label {low if low < 0 else high}, but the model has {classes} classes (0 to "
+                f"{classes - 1}): set model.kwargs.num_classes, or correct the labels"
+            )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a figure depends on."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}

@@ -86,10 +86,9 @@ def call(
     import ray
 
     wanted = resources(config, cpus, devices)
-    options: dict[str, Any] = {"num_cpus": wanted.pop("CPU"), "resources": wanted, "max_calls": 1, "max_retries": 2}
-    if "GPU" in wanted:
-        options["num_gpus"] = wanted.pop("GPU")
-    pending = ray.remote(_call).options(**options).remote(target, args)
+    cpus, gpus = wanted.pop("CPU"), wanted.pop("GPU", 0)
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, resources=wanted, max_calls=1, max_retries=2)
+    pending = remote(_call).remote(target, args)
     while not ray.wait([pending], timeout=1.0)[0]:
         on_wait()
     status, value = ray.get(pending)

@@ -61,59 +61,62 @@ def interleaved_seconds(
 def profile(task: ProfileTask) -> dict[str, Any]:
     """Measure what the dense model costs and what removing (and merging) each unit saves.
 
-    Units of one kind that save the same MACs and parameters have the same shape, so they share one saving: the median
-    over all their measurements.
+    Units of one kind that save the same MACs and parameters have the same shape, so they share one saving in seconds:
+    that of a model without half of them, over their number, which stands out of the noise better than one unit does.
 
     Returns:
-        `device`, and `rows`: one a unit and one for the dense model, with macs, params and, by batch size, seconds and
-        their spread (interquartile range).
+        `device`, and `rows`: one for the dense model and one a unit, with macs, params and, by batch size, seconds and
+        their spread (interquartile range over repeats).
     """
     workspace = Workspace(task)
-    dense, size = workspace.dense.to(workspace.device), workspace.view.input_size
-    units = family_of(dense).units(dense)
-    macs, params = count_macs(dense, size), count_params(dense)
-    pixels = {batch: torch.randn(batch, *size, device=workspace.device) for batch in task.batches}
-    repeats = _repeats(dense, pixels, len(units), task.seconds)
-    rows = []
-    dense_seconds: dict[int, list[np.ndarray]] = {batch: [] for batch in task.batches}
-    for unit in units:
-        merged = merged_without(dense, unit)
-        row: dict[str, Any] = {"kind": unit.kind, "index": unit.index}
-        row["macs"], row["params"] = macs - count_macs(merged, size), params - count_params(merged)
-        for batch, image in pixels.items():
-            seconds = interleaved_seconds([dense, merged], image, repeats=repeats)
-            dense_seconds[batch].append(seconds[:, 0])
-            row[f"samples_{batch}"] = seconds[:, 0] - seconds[:, 1]
-        rows.append(row)
-    rows = _pooled(rows, task.batches)
-    whole: dict[str, Any] = {"kind": "dense", "index": -1, "macs": macs, "params": params}
+    dense, size = workspace.dense, workspace.view.input_size
+    whole: dict[str, Any] = {"kind": "dense", "index": -1, "macs": count_macs(dense, size), "params": count_params(dense)}
+    rows = [_counts(dense, unit, size, whole) for unit in family_of(dense).units(dense)]
+    groups = _alike(rows)
+    removed = [group[: (len(group) + 1) // 2] for group in groups]
+    models = [dense, *(merged_without(dense, [Unit(r["kind"], r["index"]) for r in half]) for half in removed)]
+    models = [model.to(workspace.device) for model in models]
     for batch in task.batches:
-        whole |= _summary(np.concatenate(dense_seconds[batch]), batch)
+        pixels = torch.randn(batch, *size, device=workspace.device)
+        seconds = interleaved_seconds(models, pixels, repeats=_repeats(models, pixels, task))
+        whole |= _summary(seconds[:, 0], batch)
+        for column, (group, half) in enumerate(zip(groups, removed, strict=True), 1):
+            saved = _summary((seconds[:, 0] - seconds[:, column]) / len(half), batch)
+            for row in group:
+                row |= saved
     return {"device": describe(workspace.device), "rows": [whole, *rows]}
 
 
-def merged_without(dense: torch.nn.Module, unit: Unit) -> torch.nn.Module:
-    """Return a merged copy of the dense model without one unit."""
+def _counts(dense: torch.nn.Module, unit: Unit, size: tuple[int, int, int], whole: dict[str, Any]) -> dict[str, Any]:
+    """Return a unit's row with what its removal saves in MACs and parameters."""
+    merged = merged_without(dense, [unit])
+    return {
+        "kind": unit.kind,
+        "index": unit.index,
+        "macs": whole["macs"] - count_macs(merged, size),
+        "params": whole["params"] - count_params(merged),
+    }
+
+
+def _alike(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Group the rows of units of one kind and shape."""
+    groups: dict[tuple[str, float, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["kind"], row["macs"], row["params"]), []).append(row)
+    return list(groups.values())
+
+
+def merged_without(dense: torch.nn.Module, units: Sequence[Unit]) -> torch.nn.Module:
+    """Return a merged copy of the dense model without some units."""
     family = family_of(dense)
-    model: torch.nn.Module = family.merge(family.remove(copy.deepcopy(dense), PruningPlan.of([unit]))).eval()
+    model: torch.nn.Module = family.merge(family.remove(copy.deepcopy(dense), PruningPlan.of(units))).eval()
     return model
 
 
-def _repeats(dense: torch.nn.Module, pixels: dict[int, torch.Tensor], units: int, seconds: float) -> int:
-    """Return how many repeats of all pairs fit into the time, at least 3 and at most 30."""
-    one_round = sum(float(np.median(interleaved_seconds([dense], image, repeats=3))) for image in pixels.values())
-    return int(np.clip(seconds / (2 * units * one_round) - 2, 3, 30))
-
-
-def _pooled(rows: list[dict[str, Any]], batches: tuple[int, ...]) -> list[dict[str, Any]]:
-    pooled = []
-    for row in rows:
-        alike = [r for r in rows if all(r[key] == row[key] for key in ("kind", "macs", "params"))]
-        kept = {key: row[key] for key in ("kind", "index", "macs", "params")}
-        for batch in batches:
-            kept |= _summary(np.concatenate([r[f"samples_{batch}"] for r in alike]), batch)
-        pooled.append(kept)
-    return pooled
+def _repeats(models: Sequence[torch.nn.Module], pixels: torch.Tensor, task: ProfileTask) -> int:
+    """Return how many rounds fit into this batch size's share of the time, at least 5 and at most 200."""
+    one_round = float(np.median(interleaved_seconds(models, pixels, repeats=3).sum(axis=1)))
+    return int(np.clip(task.seconds / len(task.batches) / one_round, 5, 200))
 
 
 def _summary(seconds: np.ndarray, batch: int) -> dict[str, float]:

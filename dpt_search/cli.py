@@ -95,8 +95,8 @@ def _do(config: Any, stages: list[str]) -> None:
     from dpt_search.lease import Lease
     from dpt_search.run import open_run
     from dpt_search.stages import STAGES
-    from dpt_search.summary import result_table, stage_times
     from dpt_search.store import RunStore
+    from dpt_search.summary import result_table, stage_times
 
     with Lease(RunStore(config.run_dir)), open_run(config, say) as run:
         say(f"run directory {run.store.root if run.store.is_local else config.run_dir}")

@@ -129,7 +129,9 @@ def _check_recipes(config: RunConfig) -> None:
         if (recipe.mixup or recipe.cutmix) and recipe.batch_size % 2:
             raise BadConfig(f"{name}.batch_size must be even with mixup or cutmix")
         if config.data.subset and name == "trial" and config.data.subset < recipe.batch_size:
-            raise BadConfig(f"data.subset ({config.data.subset}) is smaller than trial.batch_size ({recipe.batch_size})")
+            raise BadConfig(
+                f"data.subset ({config.data.subset}) is smaller than trial.batch_size ({recipe.batch_size})"
+            )
     if config.finetune.batch_size % config.finetune_workers:
         raise BadConfig("finetune.batch_size must be a multiple of finetune_workers")
 

@@ -15,9 +15,7 @@ _CHECKS = {
     "timm": "from search_spaces.timm_compat import timm; print(timm.__version__, f'with {len(timm.list_models())} models')",
     "ray": "import ray; print(ray.__version__)",
 }
-_DEVICE = (
-    "from trainables.devices import describe, torch_device; d = torch_device({name!r}); print(describe(d))"
-)
+_DEVICE = "from trainables.devices import describe, torch_device; d = torch_device({name!r}); print(describe(d))"
 _MODEL = """
 from search_spaces import family_of
 from search_spaces.timm_compat import timm

@@ -1,6 +1,6 @@
 """The stages of a run, in order; each reads and writes the run directory only.
 
-    dense -> profile -> rank -> search -> recommend -> finetune -> export -> report
+dense -> profile -> rank -> search -> recommend -> finetune -> export -> report
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dpt_search.costs_table import read_costs, write_costs
 from dpt_search.progress import EpochLines, TrialLines
 from dpt_search.recommend import Observation, recommend
 from dpt_search.run import Run, base_task, digest_of, identity_of
-from dpt_search.samplers import cell_of, make_sampler, search_space
+from dpt_search.samplers import cell_of, make_sampler, params_of, search_space
 from dpt_search.store import BadRun, TrialLog
 from search_spaces.budgets import Budget
 from search_spaces.plan import PruningPlan, Ranking
@@ -122,7 +122,8 @@ def search(run: Run) -> None:
                 config.sampler, ranking.space, config.budgets, seed=config.seed, cost=_trial_cost(run, ranking)
             ),
             distributions=distributions,
-            cell_of=lambda params: cell_of(params, config.budgets),
+            cell_of=lambda params: cell_of(params, ranking.space, config.budgets),
+            params_of=lambda cell: params_of(cell, config.sampler, ranking.space, config.budgets),
             ranking=ranking,
             seed=config.seed,
             max_trials=config.max_trials,

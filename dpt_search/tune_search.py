@@ -41,6 +41,7 @@ class SearchPlan:
         sampler: proposes values of `distributions`.
         distributions: the study's parameters.
         cell_of: translates proposed values into a cell.
+        params_of: translates a cell into values; None when the parameters cannot express it.
         ranking: translates a cell into a plan.
         seed: the run's seed; a trial's is this plus its number.
         max_trials: number of trials in all, recorded ones counted.
@@ -52,6 +53,7 @@ class SearchPlan:
     sampler: optuna.samplers.BaseSampler
     distributions: dict[str, BaseDistribution]
     cell_of: Callable[[dict[str, int]], Cell]
+    params_of: Callable[[Cell], dict[str, int] | None]
     ranking: Ranking
     seed: int
     max_trials: int
@@ -71,6 +73,8 @@ class RecordedSearch(Searcher):
         self._plan, self._log, self._task, self._on_end = plan, log, task, on_end
         self._resumed = log.unfinished
         self._running: dict[str, Proposed] = {}
+        # Trials of an earlier start that this study cannot express; they end in the log alone.
+        self._unknown: set[str] = set()
         self._failures = 0
         self.stopped = ""
         self._optuna = OptunaSearch(
@@ -78,7 +82,7 @@ class RecordedSearch(Searcher):
             metric="accuracy",
             mode="max",
             sampler=plan.sampler,
-            points_to_evaluate=[record.params for record in self._resumed] or None,
+            points_to_evaluate=[p for r in self._resumed if (p := self._params(r.plan)) is not None] or None,
             study_name="search",
             storage=_study_storage(plan, log),
         )
@@ -92,13 +96,19 @@ class RecordedSearch(Searcher):
         """Return the next trial's configuration, or that there is none."""
         if self._resumed:
             record = self._resumed.pop(0)
-            self._optuna.suggest(trial_id)
+            if self._params(record.plan) is None:
+                self._unknown.add(trial_id)
+            else:
+                self._optuna.suggest(trial_id)
         elif self._is_over():
             return str(Searcher.FINISHED)
         else:
             record = self._propose(self._optuna.suggest(trial_id))
         self._running[trial_id] = record
         return {"trial": record.trial, "plan": record.plan, "seed": record.seed}
+
+    def _params(self, plan: str) -> dict[str, int] | None:
+        return self._plan.params_of(PruningPlan.parse(plan).cell)
 
     def _is_over(self) -> bool:
         return bool(
@@ -127,12 +137,12 @@ class RecordedSearch(Searcher):
         proposed = self._running.pop(trial_id)
         record = self._finished(proposed, result or {}, error)
         self._log.finish(record)
-        if record.accuracy is None:
-            self._optuna.on_trial_complete(trial_id, None, error=True)
-            self._count_failure(record)
-        else:
-            self._failures = 0
-            self._optuna.on_trial_complete(trial_id, {"accuracy": record.accuracy})
+        if trial_id not in self._unknown:
+            told = None if record.accuracy is None else {"accuracy": record.accuracy}
+            self._optuna.on_trial_complete(trial_id, told, error=told is None)
+        self._failures = self._failures + 1 if record.accuracy is None else 0
+        if self._failures >= self._plan.max_failures:
+            self.stopped = f"{self._failures} trials in a row failed; the last one: {record.error}"
         self._on_end(record)
 
     def _finished(self, proposed: Proposed, result: dict[str, Any], error: bool) -> Finished:
@@ -146,11 +156,6 @@ class RecordedSearch(Searcher):
             error=reason,
             **{name: result[name] for name in known if name in result},
         )
-
-    def _count_failure(self, record: Finished) -> None:
-        self._failures += 1
-        if self._failures >= self._plan.max_failures:
-            self.stopped = f"{self._failures} trials in a row failed; the last one: {record.error}"
 
     def save(self, checkpoint_path: str) -> None:
         """Tune's snapshots hold nothing: the trial log is the state."""
@@ -170,29 +175,17 @@ def _study_storage(plan: SearchPlan, log: TrialLog) -> optuna.storages.InMemoryS
     storage = optuna.storages.InMemoryStorage()
     study = optuna.create_study(storage=storage, study_name="search", direction="maximize", sampler=plan.sampler)
     for number in sorted(log.finished):
-        trial = _frozen_trial(plan, log.proposed.get(number), log.finished[number])
-        if trial is not None:
-            study.add_trial(trial)
-    return storage
-
-
-def _frozen_trial(plan: SearchPlan, proposed: Proposed | None, finished: Finished) -> optuna.trial.FrozenTrial | None:
-    """Return a recorded trial as the study knows it; None when the study's parameters cannot express it."""
-    cell = PruningPlan.parse(finished.plan).cell
-    params = {"n_attn": cell.n_attn, "n_act": cell.n_act}
-    if proposed is not None and set(proposed.params) == set(plan.distributions):
-        params = proposed.params
-    params = {name: value for name, value in params.items() if name in plan.distributions}
-    accuracy = finished.accuracy
-    try:
-        return optuna.trial.create_trial(
-            state=TrialState.FAIL if accuracy is None else TrialState.COMPLETE,
-            value=accuracy,
-            params=params,
-            distributions=plan.distributions,
+        finished = log.finished[number]
+        params = plan.params_of(PruningPlan.parse(finished.plan).cell)
+        if params is None:
+            continue
+        state = TrialState.FAIL if finished.accuracy is None else TrialState.COMPLETE
+        study.add_trial(
+            optuna.trial.create_trial(
+                state=state, value=finished.accuracy, params=params, distributions=plan.distributions
+            )
         )
-    except ValueError:
-        return None
+    return storage
 
 
 def run_search(

@@ -114,5 +114,7 @@ class Ranking:
             ValueError: the cell asks for more units than there are.
         """
         if cell not in self.space:
-            raise ValueError(f"cell {cell} removes more units than there are: {len(self.attn)} attn, {len(self.act)} act")
+            raise ValueError(
+                f"cell {cell} removes more units than there are: {len(self.attn)} attn, {len(self.act)} act"
+            )
         return PruningPlan(self.attn[: cell.n_attn], self.act[: cell.n_act])

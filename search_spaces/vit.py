@@ -26,9 +26,7 @@ class MlpBlock(nn.Module):
         super().__init__()
         self.norm2, self.mlp, self.ls2, self.drop_path2 = block.norm2, block.mlp, block.ls2, block.drop_path2
 
-    def forward(
-        self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
@@ -39,9 +37,7 @@ class GatedAttention(nn.Module):
         super().__init__()
         self.attn, self.gate = attn, gate
 
-    def forward(
-        self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
         return self.gate * self.attn(x, attn_mask=attn_mask, is_causal=is_causal)
 
 

@@ -86,14 +86,14 @@ def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], where: 
         name = wrong[0]
         raise BadModel(
             f"{where!r} does not fit the model: {name} has shape {tuple(state[name].shape)}, the model's is "
-            f"{tuple(expected[name].shape)} ({len(wrong)} such): set model.name and model.kwargs to what it was made with"
+            f"{tuple(expected[name].shape)} ({len(wrong)} such): give the model.name and model.kwargs it was made with"
         )
     missing, unknown = expected.keys() - state.keys(), state.keys() - expected.keys()
     if missing or unknown:
         example = sorted(missing or unknown)[0]
         raise BadModel(
             f"{where!r} does not fit the model: {len(missing)} weights are missing and {len(unknown)} unknown "
-            f"(such as {example}): set model.name and model.kwargs to what it was made with"
+            f"(such as {example}): give the model.name and model.kwargs it was made with"
         )
     model.load_state_dict(state)
 

@@ -25,7 +25,7 @@ def taylor_importance(
     """
     model = model.to(device).eval()
     with family_of(model).gates(model) as gates:
-        totals = {unit: 0.0 for unit in gates}
+        totals = dict.fromkeys(gates, 0.0)
         for pixels, labels in islice(images.eval_batches(64), batches):
             loss = F.cross_entropy(model(pixels.to(device)), labels.to(device))
             gradients = torch.autograd.grad(loss, list(gates.values()))
@@ -43,9 +43,7 @@ def rank(task: RankTask) -> dict[str, Any]:
     workspace = Workspace(task)
     images = workspace.images("train", 64 * task.batches)
     found = taylor_importance(workspace.dense, images, workspace.device, task.batches)
-    orders = {
-        kind: sorted((u for u in found if u.kind == kind), key=lambda u: (found[u], u.index)) for kind in KINDS
-    }
+    orders = {kind: sorted((u for u in found if u.kind == kind), key=lambda u: (found[u], u.index)) for kind in KINDS}
     return {
         "method": "taylor",
         **{kind: [u.index for u in order] for kind, order in orders.items()},

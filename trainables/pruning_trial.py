@@ -49,7 +49,12 @@ class PruningTrial(tune.Trainable):
             return {"accuracy": math.nan, "done": True, "error": _one_line(error)}
         spent = time.monotonic() - self._start
         if self._task.timeout and spent > self._task.timeout and not trial.done:
-            return {"accuracy": math.nan, "done": True, "error": f"ran longer than {self._task.timeout:.0f} s", **record}
+            return {
+                "accuracy": math.nan,
+                "done": True,
+                "error": f"ran longer than {self._task.timeout:.0f} s",
+                **record,
+            }
         return {"accuracy": record["accuracies"][-1], "done": trial.done, "error": "", **record}
 
     def _running(self) -> Trial:

@@ -205,7 +205,9 @@ def _open_factory(name: str) -> dict[str, Table]:
     except (ImportError, AttributeError, ValueError) as error:
         raise BadData(f"data.factory {name!r} is not an importable function: {error}") from None
     made = {split: factory(split) for split in ("train", "probe", "val", "test")}
-    return {split: DatasetTable(dataset, f"{name}({split!r})") for split, dataset in made.items() if dataset is not None}
+    return {
+        split: DatasetTable(dataset, f"{name}({split!r})") for split, dataset in made.items() if dataset is not None
+    }
 
 
 def decode(encoded: bytes, where: str) -> Image.Image:

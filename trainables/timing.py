@@ -19,7 +19,7 @@ from trainables.workspace import Workspace
 
 
 def count_macs(model: torch.nn.Module, input_size: tuple[int, int, int]) -> float:
-    """Return the multiply-accumulates of one image, counted operator by operator with no data (torch's flop counter)."""
+    """Return the multiply-accumulates of one image, counted by torch's flop counter with no data."""
     shadow = copy.deepcopy(model).to("meta").eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         shadow(torch.zeros(1, *input_size, device="meta"))
@@ -70,7 +70,12 @@ def profile(task: ProfileTask) -> dict[str, Any]:
     """
     workspace = Workspace(task)
     dense, size = workspace.dense, workspace.view.input_size
-    whole: dict[str, Any] = {"kind": "dense", "index": -1, "macs": count_macs(dense, size), "params": count_params(dense)}
+    whole: dict[str, Any] = {
+        "kind": "dense",
+        "index": -1,
+        "macs": count_macs(dense, size),
+        "params": count_params(dense),
+    }
     rows = [_counts(dense, unit, size, whole) for unit in family_of(dense).units(dense)]
     groups = _alike(rows)
     removed = [group[: (len(group) + 1) // 2] for group in groups]

@@ -52,8 +52,9 @@ def main() -> None:
 def read_official(folder: str | None, prefix: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Return images, uint8 (N, 28, 28), and labels, (N,)."""
     if folder is None:
-        import search_spaces.timm_compat  # noqa: F401  torchvision loads beside a CPU build of torch only after this
         import torchvision
+
+        import search_spaces.timm_compat  # noqa: F401  torchvision loads beside a CPU build of torch only after this
 
         dataset = torchvision.datasets.FashionMNIST("data", train=split == "train", download=True)
         return dataset.data.numpy(), dataset.targets.numpy()

@@ -1,0 +1,142 @@
+"""MapSampler: what to try next, as an Optuna sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.samplers import BaseSampler
+from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from dpt_search.knowledge_gradient import knowledge_gradient
+from dpt_search.map_predictor import Array
+from dpt_search.posterior import Data, Posterior, Surface
+from search_spaces.budgets import Budget
+from search_spaces.ratios import Cell, RatioSpace
+
+PARAMETERS = ("n_attn", "n_act")
+_INDIFFERENT = 1e-9
+"""A knowledge gradient below this, in units of accuracy: no single trial is expected to change a decision."""
+
+
+class MapSampler(BaseSampler):
+    """Proposes the cell whose trial is worth most to the decisions asked for, per unit of cost.
+
+    The worth is the knowledge gradient summed over the budgets, under the blend of polynomial and observations (see
+    `posterior`). Trials that still run count as if they ended as predicted. The study's objective is the accuracy, to
+    be maximised, or a loss, to be minimised; its parameters are `n_attn` and `n_act`.
+
+    A proposal is a function of the trials of the study alone: no randomness, no state of its own.
+    """
+
+    def __init__(
+        self, space: RatioSpace, budgets: Sequence[Budget], cost: Callable[[Cell], float] = lambda cell: 1.0
+    ) -> None:
+        """
+        Args:
+            space: the lattice.
+            budgets: what the search has to decide.
+            cost: of one trial of a cell, in any unit.
+
+        Raises:
+            ValueError: a budget is larger than the space.
+        """
+        self._space = space
+        self._cells = list(space)
+        self._index = {cell: i for i, cell in enumerate(self._cells)}
+        self._lines = [np.array([self._index[c] for c in budget.feasible(space)]) for budget in budgets]
+        self._design = initial_design(space, budgets)
+        self._costs = np.array([cost(cell) for cell in self._cells])
+        self._surface = Surface(ratios(space))
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Both counts are proposed together."""
+        return {
+            "n_attn": IntDistribution(0, self._space.n_attn),
+            "n_act": IntDistribution(0, self._space.n_act),
+        }
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Propose the next cell."""
+        sign = 1.0 if study.direction is StudyDirection.MAXIMIZE else -1.0
+        done: list[tuple[int, float]] = []
+        running: list[int] = []
+        failed: list[int] = []
+        for other in study.get_trials(deepcopy=False):
+            index = self._cell_index(other)
+            if index is None or other.number == trial.number:
+                continue
+            if other.state is TrialState.COMPLETE and other.value is not None:
+                done.append((index, sign * other.value))
+            elif other.state is TrialState.RUNNING:
+                running.append(index)
+            elif other.state.is_finished():
+                failed.append(index)
+        cell = self._cells[self.next_cell(done, running, failed)]
+        return {"n_attn": cell.n_attn, "n_act": cell.n_act}
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Leave parameters that are not cells to a random draw that depends on the trial's number alone."""
+        sampler = optuna.samplers.RandomSampler(seed=trial.number)
+        return sampler.sample_independent(study, trial, param_name, param_distribution)
+
+    def next_cell(self, done: Sequence[tuple[int, float]], running: Sequence[int], failed: Sequence[int] = ()) -> int:
+        """Return the index of the cell to try next.
+
+        Args:
+            done: cell index and accuracy of every finished trial, in any order.
+            running: cell index of every trial that still runs.
+            failed: cell index of every trial that ended without an accuracy; such a cell is not tried again unless a
+                trial of it finished.
+        """
+        succeeded = {cell for cell, _ in done}
+        touched = succeeded | set(running) | set(failed)
+        for cell in self._design:
+            if self._index[cell] not in touched:
+                return self._index[cell]
+        if not done:
+            # Nothing to learn from yet, more workers than design: what is nearest to it and not under way.
+            return next((i for i in np.concatenate(self._lines).tolist() if i not in touched), int(self._lines[-1][0]))
+        cells, accuracies = (np.array(values) for values in zip(*done, strict=True))
+        beliefs = self._surface.posterior(Data.of(cells, accuracies)).with_pending(np.array(running, dtype=np.int64))
+        worth = self._worth(beliefs)
+        worth[[cell for cell in failed if cell not in succeeded]] = -np.inf
+        return int(np.argmax(worth))
+
+    def _worth(self, beliefs: Posterior) -> Array:
+        """Return the value of one trial of every cell per unit of cost."""
+        slopes = beliefs.covariance / np.sqrt(np.diag(beliefs.covariance) + beliefs.noise**2)[:, None]
+        gain = sum(knowledge_gradient(beliefs.mean[line], slopes[:, line]) for line in self._lines)
+        worth = np.asarray(gain) / self._costs
+        if worth.max() * self._costs.max() > _INDIFFERENT:
+            return worth
+        # Nothing is expected to change a decision: look where the feasible cells are least known.
+        unsure = np.zeros(len(self._cells))
+        for line in self._lines:
+            unsure[line] = beliefs.sd[line]
+        return unsure
+
+    def _cell_index(self, trial: FrozenTrial) -> int | None:
+        """Return a trial's cell; None when it has none, or one of another space."""
+        if any(name not in trial.params for name in PARAMETERS):
+            return None
+        return self._index.get(Cell(*(int(trial.params[name]) for name in PARAMETERS)))
+
+
+def initial_design(space: RatioSpace, budgets: Sequence[Budget]) -> list[Cell]:
+    """Return what to try before there is anything to learn from: middle and ends of the largest line, and the dense."""
+    line = max(budgets).feasible(space)
+    return list(dict.fromkeys([line[len(line) // 2], line[0], line[-1], Cell(0, 0)]))
+
+
+def ratios(space: RatioSpace) -> Array:
+    """Return the pruning ratios of every cell, [cells, 2], in the space's order."""
+    return np.array([space.ratios(cell) for cell in space])

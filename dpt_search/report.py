@@ -1,0 +1,303 @@
+"""report.html: a run on one self-contained page, finished or not. Reads the run directory and nothing else."""
+
+from __future__ import annotations
+
+import base64
+import shlex
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from dpt_search.costs_table import read_costs
+from dpt_search.progress import duration
+from dpt_search.store import BadRun, Finished, RunStore, TrialLog
+from search_spaces.costs import UnitCosts
+from search_spaces.plan import PruningPlan, Ranking
+
+if TYPE_CHECKING:
+    from dpt_search.plots import Draw
+
+STAGES = {
+    "dense": "the check of the dense model",
+    "profile": "the cost of every unit",
+    "rank": "the ranking of the units",
+    "search": "a finished trial",
+    "recommend": "the recommendations",
+    "finetune": "the long fine-tune",
+    "export": "the merged model, tested and timed",
+}
+"""What each stage leaves for the report, in order."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a run directory holds; None, or empty, where a stage has not been done."""
+
+    location: str
+    run: dict[str, Any]
+    dense: dict[str, Any] | None
+    costs: UnitCosts | None
+    ranking: dict[str, Any] | None
+    log: TrialLog
+    recommendation: dict[str, Any] | None
+    finetune: dict[str, Any] | None
+    export: dict[str, Any] | None
+    stages: list[dict[str, Any]]
+
+    @property
+    def finished(self) -> list[Finished]:
+        """The trials that came to an accuracy, by number."""
+        return [self.log.finished[n] for n in sorted(self.log.finished) if self.log.finished[n].accuracy is not None]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The recommendations, one a budget."""
+        rows: list[dict[str, Any]] = self.recommendation["budgets"] if self.recommendation else []
+        return rows
+
+    @property
+    def chosen(self) -> dict[str, Any] | None:
+        """The recommendation of the budget that is, or was, fine-tuned."""
+        config, done = self.run["config"], self.export or self.finetune
+        wanted = done["budget"] if done else config["finetune_budget"]
+        return next((row for row in self.rows if row["budget"] == wanted), self.rows[-1] if self.rows else None)
+
+    @property
+    def plan(self) -> str | None:
+        """The plan that is furthest on its way: exported, fine-tuned or recommended."""
+        done = self.export or self.finetune or self.chosen
+        return done["plan"] if done else None
+
+
+def read_run(store: RunStore) -> Found:
+    """Read whatever a run directory holds.
+
+    Raises:
+        BadRun: it is no run directory, or one of its files cannot be read.
+    """
+    run = store.read_json("run.json")
+    if run is None:
+        raise BadRun(f"{store.location!r} is no run directory: it has no run.json")
+    stamps = [store.read_json(f"stages/{name}") for name in store.names("stages")]
+    return Found(
+        location=store.location,
+        run=run,
+        dense=store.read_json("dense/dense.json"),
+        costs=read_costs(store),
+        ranking=store.read_json("ranking.json"),
+        log=TrialLog(store),
+        recommendation=store.read_json("recommendation.json"),
+        finetune=store.read_json("finetune/finetune.json"),
+        export=store.read_json("export/summary.json"),
+        stages=sorted(stamps, key=lambda stamp: stamp["finished_at"]),
+    )
+
+
+def write_report(store: RunStore) -> str:
+    """Write `report.html` and `plots/*.png`, from whatever the run holds.
+
+    Returns:
+        Where the page is.
+
+    Raises:
+        BadRun: the directory holds no run, or cannot be written to.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    found = read_run(store)
+    # `autoescape` matters: error messages and paths come from outside.
+    environment = Environment(
+        loader=PackageLoader("dpt_search", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {
+        "percent": percent, "points": points, "times": times, "duration": duration, "cell": cell_of, "date": date,
+    }  # fmt: skip
+    page = environment.get_template("report.html.jinja").render(
+        found=found,
+        headline=headline(found),
+        missing=missing(found),
+        warnings=warnings(found),
+        plots={name: _plotted(store, name, draw, size) for name, (draw, size) in drawings(found).items()},
+        trials=trial_rows(found.log),
+        savings=savings(found),
+        settings=list(_flat(found.run["config"], "")),
+        longest=max((stamp["seconds"] for stamp in found.stages), default=0) or 1,
+    )
+    store.write("report.html", page.encode())
+    return store.path("report.html")
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """Write a fraction as per cent; a dash where there is none."""
+    return "–" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def points(value: float) -> str:
+    """Write a difference of fractions in points, with its sign."""
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
+def times(value: float) -> str:
+    """Write a ratio, such as a speedup."""
+    return f"{value:.2f}x"
+
+
+def date(seconds: float) -> str:
+    """Write a time since the epoch as a date, in UTC."""
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
+
+
+def cell_of(plan: str) -> str:
+    """Write the cell of a plan's text form."""
+    return str(PruningPlan.parse(plan).cell)
+
+
+def headline(found: Found) -> str:
+    """Say in one line what came out: what was measured, or else what is predicted, or else that nothing is known."""
+    if found.export is not None:
+        timing, change = found.export["timing"], found.export["difference"]
+        batch = max(timing, key=int)
+        lost, low, high = -change["mean"], -change["high"], -change["low"]
+        word = "lost" if lost >= 0 else "gained"
+        ends = sorted((low, high) if lost >= 0 else (-low, -high))
+        interval = " to ".join(f"{100 * end:.1f}" for end in ends).replace("-", "−")
+        return (
+            f"{_speed(timing[batch]['speedup'], batch)}, {abs(100 * lost):.1f} points {word} (95 % interval {interval})"
+        )
+    row = found.chosen
+    if row is None:
+        return "No result yet"
+    speed = ", ".join(_speed(row["speedup"][b], b) for b in sorted(row["speedup"], key=int)[-1:]) or "Speed unknown"
+    return f"Predicted: {speed}, {percent(row['mean'])} on val after a short fine-tune"
+
+
+def _speed(speedup: float, batch: str) -> str:
+    return f"{speedup:.2f}x {'faster' if speedup >= 1 else 'the speed, so slower,'} at batch {batch}"
+
+
+def missing(found: Found) -> list[tuple[str, str]]:
+    """Return what the run does not hold yet and the command that makes it, in the order of the stages."""
+    there = {
+        "dense": found.dense,
+        "profile": found.costs,
+        "rank": found.ranking,
+        "search": found.finished,
+        "recommend": found.recommendation,
+        "finetune": found.finetune,
+        "export": found.export,
+    }
+    where = shlex.quote(found.location)
+    return [(STAGES[name], f"dpt-search {name} {where}") for name, value in there.items() if not value]
+
+
+def warnings(found: Found) -> list[str]:
+    """Return what a reader must know before believing the numbers."""
+    lines = list(found.dense["warnings"]) if found.dense else []
+    failed = sum(record.status == "failed" for record in found.log.finished.values())
+    if failed:
+        lines.append(f"{failed} of {len(found.log.finished)} trials failed; the table of trials says why")
+    lines += [f"a record of the trial log cannot be read and was skipped: {name}" for name in found.log.broken]
+    if found.recommendation and found.recommendation["observations"] != len(found.finished):
+        seen, now = found.recommendation["observations"], len(found.finished)
+        lines.append(f"the recommendations are from {seen} observations and there are {now} now: recommend again")
+    lines += _stale(found)
+    for batch, timing in (found.export or {"timing": {}})["timing"].items():
+        if timing["low"] <= 1:
+            lines.append(f"at batch {batch} the speedup cannot be told from none ({_range(timing, times)})")
+    return lines
+
+
+def _stale(found: Found) -> Iterator[str]:
+    """Say where later stages are about another plan than earlier ones."""
+    recommended = {row["budget"]: row["plan"] for row in found.rows}
+    if found.finetune and recommended.get(found.finetune["budget"], "") != found.finetune["plan"]:
+        yield f"what was fine-tuned, {found.finetune['plan']}, is not what is recommended now for its budget"
+    if found.finetune and found.export and found.finetune["plan"] != found.export["plan"]:
+        yield f"what was exported, {found.export['plan']}, is not what was fine-tuned last"
+
+
+def _range(found: Mapping[str, float], write: Any) -> str:
+    return f"{write(found['low'])} to {write(found['high'])}"
+
+
+def savings(found: Found) -> dict[str, tuple[float, float]]:
+    """Return, by recommended plan, the share of the dense model's MACs and parameters that is left."""
+    if found.costs is None:
+        return {}
+    dense, costs = (
+        found.costs.dense,
+        {row["plan"]: found.costs.of(PruningPlan.parse(row["plan"])) for row in found.rows},
+    )
+    return {plan: (cost.macs / dense.macs, cost.params / dense.params) for plan, cost in costs.items()}
+
+
+def trial_rows(log: TrialLog) -> list[dict[str, Any]]:
+    """Return one row for every trial that was proposed or ended, by number; cost is relative to the dearest trial."""
+    dearest = max((record.cost for record in log.finished.values()), default=0.0) or 1.0
+    rows = []
+    for number in sorted({*log.proposed, *log.finished}):
+        proposed, ended = log.proposed.get(number), log.finished.get(number)
+        record = ended or Finished(number, proposed.plan if proposed else "dense", "", "unfinished")
+        rows.append(
+            {
+                "record": record,
+                "cost": record.cost / dearest,
+                "seen": proposed.seen if proposed else None,
+                "start": record.start or (proposed.start if proposed else ""),
+            }
+        )
+    return rows
+
+
+def drawings(found: Found) -> dict[str, tuple[Draw, tuple[float, float]]]:
+    """Return every plot the run has the data for, with its size in inches."""
+    from dpt_search import plots
+
+    dense = found.dense["accuracy"] if found.dense else None
+    drawn: dict[str, tuple[Draw, tuple[float, float]]] = {}
+    if found.recommendation:
+        draw = partial(plots.surface, found=found.recommendation["surface"], trials=found.finished, rows=found.rows)
+        drawn["surface"] = (draw, (9.0, 4.4))
+    batch = tradeoff_batch(found)
+    if batch:
+        trials = [(found.costs.speedup(PruningPlan.parse(t.plan), int(batch)), t.accuracy) for t in found.finished]
+        args = {"rows": found.rows, "batch": batch, "trials": trials, "dense": found.dense, "exported": found.export}
+        drawn["tradeoff"] = (partial(plots.tradeoff, **args), (7.6, 4.4))
+    if found.finished:
+        drawn["recovery"] = (partial(plots.recovery, trials=found.finished, dense=dense), (7.6, 4.2))
+    if found.finetune and found.finetune["epochs"]:
+        drawn["finetune"] = (partial(plots.finetune, epochs=found.finetune["epochs"], dense=dense), (7.6, 3.2))
+    if found.plan and found.ranking:
+        ranking = Ranking(tuple(found.ranking["attn"]), tuple(found.ranking["act"]))
+        args = {"removed": PruningPlan.parse(found.plan), "ranking": ranking, "importance": found.ranking["importance"]}
+        drawn["plan"] = (partial(plots.plan, **args), (7.6, 1.9))
+    return drawn
+
+
+def tradeoff_batch(found: Found) -> str:
+    """Return the batch size at which accuracy is drawn against speedup; empty where no speed is known."""
+    known = [set(row["speedup"]) for row in found.rows]
+    known += [set(found.export["timing"])] if found.export else []
+    if not known or found.costs is None:
+        return ""
+    return max(set.intersection(*known, set(map(str, found.costs.dense.seconds))), key=int, default="")
+
+
+def _plotted(store: RunStore, name: str, draw: Draw, size: tuple[float, float]) -> dict[str, str]:
+    """Write a plot's light form to the run directory and return both forms as data URIs."""
+    from dpt_search.plots import png
+
+    made = {paper: png(draw, size, paper) for paper in ("light", "dark")}
+    store.write(f"plots/{name}.png", made["light"])
+    return {paper: f"data:image/png;base64,{base64.b64encode(image).decode()}" for paper, image in made.items()}
+
+
+def _flat(nested: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in nested.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -1,0 +1,173 @@
+"""Every sampler by name: this product's own and Optuna's, behind one interface."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.samplers import BaseSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from dpt_search.map_sampler import MapSampler
+from search_spaces.budgets import Budget
+from search_spaces.ratios import Cell, RatioSpace
+
+_Make = Callable[[int, int], BaseSampler]
+"""Makes a sampler from a seed and the number of feasible cells."""
+
+
+def _tpe(seed: int, cells: int) -> BaseSampler:
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=4, multivariate=True, constant_liar=True)
+
+
+def _gp(seed: int, cells: int) -> BaseSampler:
+    return optuna.samplers.GPSampler(seed=seed, n_startup_trials=4)
+
+
+def _cmaes(seed: int, cells: int) -> BaseSampler:
+    return optuna.samplers.CmaEsSampler(seed=seed, n_startup_trials=1, warn_independent_sampling=False)
+
+
+def _qmc(seed: int, cells: int) -> BaseSampler:
+    return optuna.samplers.QMCSampler(seed=seed, scramble=True, warn_independent_sampling=False)
+
+
+def _random(seed: int, cells: int) -> BaseSampler:
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+def _grid(seed: int, cells: int) -> BaseSampler:
+    return optuna.samplers.GridSampler({"cell": range(cells)}, seed=seed)
+
+
+PURE: dict[str, _Make] = {
+    "tpe": _tpe, "gp": _gp, "cmaes": _cmaes, "qmc": _qmc, "random": _random, "grid": _grid,
+}  # fmt: skip
+"""Optuna's samplers by name."""
+
+_SEQUENCES = ("qmc", "grid")
+"""Samplers that walk one sequence fixed by their seed, rather than drawing anew for every trial."""
+
+
+def feasible_cells(space: RatioSpace, budgets: Sequence[Budget]) -> list[Cell]:
+    """Return the cells that meet any of the budgets, sorted."""
+    return sorted({cell for budget in budgets for cell in budget.feasible(space)})
+
+
+def search_space(name: str, space: RatioSpace, budgets: Sequence[Budget]) -> dict[str, BaseDistribution]:
+    """Return the parameters a sampler proposes: as few as the budgets allow it.
+
+    Args:
+        name: the sampler.
+        space: the lattice.
+        budgets: what the search has to decide.
+
+    Returns:
+        `map`: n_attn and n_act. `grid`: the index of a feasible cell. The others: n_attn alone on the line of a single
+        budget, n_attn and n_act for several.
+
+    Raises:
+        ValueError: a budget is larger than the space.
+    """
+    if name == "grid":
+        return {"cell": IntDistribution(0, len(feasible_cells(space, budgets)) - 1)}
+    if name != "map" and len(budgets) == 1:
+        line = budgets[0].feasible(space)
+        return {"n_attn": IntDistribution(line[0].n_attn, line[-1].n_attn)}
+    return {"n_attn": IntDistribution(0, space.n_attn), "n_act": IntDistribution(0, space.n_act)}
+
+
+def cell_of(params: dict[str, int], space: RatioSpace, budgets: Sequence[Budget]) -> Cell:
+    """Translate what a sampler proposed into a cell."""
+    if "cell" in params:
+        return feasible_cells(space, budgets)[params["cell"]]
+    if "n_act" in params:
+        return Cell(params["n_attn"], params["n_act"])
+    return Cell(params["n_attn"], budgets[0].units - params["n_attn"])
+
+
+def params_of(cell: Cell, name: str, space: RatioSpace, budgets: Sequence[Budget]) -> dict[str, int] | None:
+    """Translate a cell into what a sampler would have proposed; None when it could not have."""
+    params = {"n_attn": cell.n_attn, "n_act": cell.n_act}
+    if name == "grid":
+        cells = feasible_cells(space, budgets)
+        return {"cell": cells.index(cell)} if cell in cells else None
+    if name != "map" and len(budgets) == 1:
+        return {"n_attn": cell.n_attn} if cell in budgets[0].feasible(space) else None
+    return params if cell in space else None
+
+
+def make_sampler(
+    name: str,
+    space: RatioSpace,
+    budgets: Sequence[Budget],
+    *,
+    seed: int,
+    cost: Callable[[Cell], float] = lambda cell: 1.0,
+) -> BaseSampler:
+    """Make a sampler whose randomness is a function of the seed and the trial's number.
+
+    Args:
+        name: `map` or one of `PURE`.
+        space: the lattice.
+        budgets: what the search has to decide.
+        seed: the run's seed.
+        cost: of one trial of a cell, in any unit; `map` alone looks at it.
+
+    Raises:
+        ValueError: a budget is larger than the space.
+    """
+    if name == "map":
+        return MapSampler(space, budgets, cost)
+    cells = len(feasible_cells(space, budgets))
+    return _Seeded(PURE[name], seed, cells, is_sequence=name in _SEQUENCES)
+
+
+class _Seeded(BaseSampler):
+    """Draws every trial from a generator of its own, so that a search rebuilt from its log goes on as it would have."""
+
+    def __init__(self, make: _Make, seed: int, cells: int, *, is_sequence: bool) -> None:
+        self._make, self._seed, self._cells, self._is_sequence = make, seed, cells, is_sequence
+        self._sampler = self._new(seed)
+        self._drawn = 0
+
+    def _new(self, seed: int) -> BaseSampler:
+        with warnings.catch_warnings():
+            # multivariate and constant_liar are marked experimental.
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return self._make(seed, self._cells)
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        if not self._is_sequence:
+            state = np.random.SeedSequence([self._seed, trial.number]).generate_state(1)
+            self._sampler = self._new(int(state[0]))
+        self._sampler.before_trial(study, trial)
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._sampler.infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        if self._is_sequence and search_space:
+            # A sequence starts at its beginning in every process: skip what earlier trials took.
+            while self._drawn < trial.number:
+                self._sampler.sample_relative(study, trial, search_space)
+                self._drawn += 1
+            self._drawn += 1
+        return self._sampler.sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self._sampler.sample_independent(study, trial, param_name, param_distribution)
+
+    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
+        # The grid would stop the study once it is exhausted; how many trials there are is not a sampler's to decide.
+        if not isinstance(self._sampler, optuna.samplers.GridSampler):
+            self._sampler.after_trial(study, trial, state, values)

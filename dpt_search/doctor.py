@@ -7,12 +7,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from dpt_search.run import versions
 
 _CHECKS = {
     "torch": "import torch; print(torch.__version__, f'with {torch.get_num_threads()} threads')",
-    "timm": "from search_spaces.timm_compat import timm; print(timm.__version__, f'with {len(timm.list_models())} models')",
+    "timm": (
+        "from search_spaces.timm_compat import timm; print(timm.__version__, f'with {len(timm.list_models())} models')"
+    ),
     "ray": "import ray; print(ray.__version__)",
 }
 _DEVICE = "from trainables.devices import describe, torch_device; d = torch_device({name!r}); print(describe(d))"
@@ -48,7 +51,7 @@ def examine(model: str) -> Iterator[tuple[str, bool]]:
 
 
 def _line(what: str, code: str) -> tuple[str, bool]:
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), *sys.path]))}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(Path.cwd()), *sys.path]))}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     if done.returncode == 0:
         return f"{what}: {done.stdout.strip()}", True

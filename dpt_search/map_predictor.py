@@ -1,6 +1,7 @@
 """MAP, the published Model Accuracy Predictor: a polynomial of the two ratios, its degree by leave-2-out.
 
-Source: HetDPT, "Rethinking Depth Pruning for ViTs: A Heterogeneity-Aware Perspective" (PMLR v306). Arrays in, arrays out.
+Source: HetDPT, "Rethinking Depth Pruning for ViTs: A Heterogeneity-Aware Perspective" (PMLR v306).
+Arrays in, arrays out.
 """
 
 from __future__ import annotations

@@ -12,10 +12,13 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.colors import Normalize
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch
+from matplotlib.patheffects import withStroke
+from matplotlib.rcsetup import cycler
+from matplotlib.transforms import ScaledTranslation
 
 from dpt_search.store import Finished
 from search_spaces.plan import KINDS, PruningPlan, Ranking
@@ -41,7 +44,7 @@ def png(draw: Draw, size: tuple[float, float], paper: str) -> bytes:
         paper: `light` or `dark`.
     """
     with matplotlib.rc_context(_style(**_PAPERS[paper])):
-        figure = Figure(figsize=size, dpi=160, layout="constrained")
+        figure = Figure(figsize=size, dpi=160, layout="compressed")
         draw(figure)
         stream = io.BytesIO()
         # No version in the file: the same run gives the same bytes.
@@ -63,7 +66,7 @@ def _style(ink: str, quiet: str, paper: str, cycle: Sequence[str]) -> dict[str, 
         "figure.facecolor": paper,
         "axes.facecolor": paper,
         "savefig.facecolor": paper,
-        "axes.prop_cycle": matplotlib.cycler(color=[*cycle, quiet]),
+        "axes.prop_cycle": cycler(color=[*cycle, quiet]),
         "axes.spines.top": False,
         "axes.spines.right": False,
         "grid.alpha": 0.25,
@@ -79,10 +82,6 @@ def _style(ink: str, quiet: str, paper: str, cycle: Sequence[str]) -> dict[str, 
 
 def _ink() -> str:
     return str(matplotlib.rcParams["text.color"])
-
-
-def _paper() -> str:
-    return str(matplotlib.rcParams["figure.facecolor"])
 
 
 def surface(
@@ -134,14 +133,23 @@ def _bar(figure: Figure, image: Any, axes: Any, unit: str, extend: str) -> None:
 def _budget_lines(axes: Any, rows: Sequence[Mapping[str, Any]], space: RatioSpace) -> None:
     for row in rows:
         quantity, _, units = row["budget"].partition("=")
-        if quantity != "units" or not space.line(int(units)):
-            continue
-        line = space.line(int(units))
-        axes.plot([c.n_act for c in line], [c.n_attn for c in line], color="white", linewidth=1, alpha=0.85, zorder=2)
-        axes.annotate(
-            units, (line[-1].n_act, line[-1].n_attn), xytext=(-3, 4), textcoords="offset points", color="white",
-            fontsize=8, ha="left",
-        )  # fmt: skip
+        line = space.line(int(units)) if quantity == "units" else []
+        if line:
+            x, y = [cell.n_act for cell in line], [cell.n_attn for cell in line]
+            axes.plot(x, y, color="white", linewidth=1, path_effects=_halo(2.2), zorder=2)
+            _note(axes, units, x[-1], y[-1], (-3, 5))
+
+
+def _note(axes: Any, text: str, x: float, y: float, offset: tuple[int, int]) -> None:
+    axes.annotate(
+        text, (x, y), xytext=offset, textcoords="offset points", color="white", fontsize=8.5, path_effects=_halo(2),
+        zorder=5,
+    )  # fmt: skip
+
+
+def _halo(width: float) -> list[Any]:
+    """Return what keeps white readable on the light end of the colours."""
+    return [withStroke(linewidth=width, foreground="#333333")]
 
 
 def _observations(axes: Any, trials: Sequence[Finished], norm: Normalize) -> None:
@@ -149,16 +157,12 @@ def _observations(axes: Any, trials: Sequence[Finished], norm: Normalize) -> Non
     for trial in trials:
         if trial.accuracy is not None:
             cells[PruningPlan.parse(trial.plan).cell].append(100 * trial.accuracy)
-    axes.scatter(
-        [c.n_act for c in cells], [c.n_attn for c in cells], c=[np.mean(v) for v in cells.values()], cmap="viridis",
-        norm=norm, s=70, edgecolor="white", linewidth=1.2, zorder=3,
-    )  # fmt: skip
-    for cell, values in cells.items():
-        if len(values) > 1:
-            axes.annotate(
-                f"{len(values)}", (cell.n_act, cell.n_attn), xytext=(5, 4), textcoords="offset points", color="white",
-                fontsize=8, weight="bold", zorder=5,
-            )  # fmt: skip
+    x, y, values = [c.n_act for c in cells], [c.n_attn for c in cells], [np.mean(v) for v in cells.values()]
+    axes.scatter(x, y, s=105, color="#333333", linewidth=0, zorder=3)
+    axes.scatter(x, y, c=values, cmap="viridis", norm=norm, s=62, edgecolor="white", linewidth=1.4, zorder=3)
+    for cell, repeats in cells.items():
+        if len(repeats) > 1:
+            _note(axes, f"{len(repeats)}", cell.n_act, cell.n_attn, (6, 4))
 
 
 def tradeoff(
@@ -184,31 +188,46 @@ def tradeoff(
     axes.set_xlabel(f"speedup at batch {batch}")
     axes.set_ylabel("accuracy, %")
     axes.xaxis.set_major_formatter("{x:.2g}x")
-    axes.scatter(*(zip(*((x, 100 * y) for x, y in trials), strict=True)), s=14, color="C3", linewidth=0, label="trial")
     for row in rows:
         marker, fill = _MARKERS[row["status"]]
         x = row["speedup"][batch]
-        _interval(axes, x, row["mean"], row["low"], row["high"], marker, fill, "C0", f"recommended, {row['status']}")
+        _interval(axes, x, row["mean"], row, marker, fill, "C0", f"recommended, {row['status']}")
         axes.annotate(
-            row["budget"], (x, 100 * row["mean"]), xytext=(7, 5), textcoords="offset points", fontsize=8.5, color="C0"
-        )
+            row["budget"], (x, 100 * row["mean"]), xytext=(-5, -11), textcoords="offset points", fontsize=8.5, color="C0",
+            ha="right",
+        )  # fmt: skip
     if dense is not None:
-        _interval(axes, 1.0, dense["accuracy"], dense["low"], dense["high"], "s", "full", "C0", "dense, on val")
+        _interval(axes, 1.0, dense["accuracy"], dense, "s", "full", "C0", "dense, on val", -4)
     if exported is not None:
         for name, marker, x in (("dense", "s", 1.0), ("merged", "*", exported["timing"][batch]["speedup"])):
-            each = exported[name]
-            label = f"{name}, measured on test"
-            _interval(axes, x, each["accuracy"], each["low"], each["high"], marker, "full", "C1", label)
+            each, offset = exported[name], 4 if name == "dense" else 0
+            _interval(axes, x, each["accuracy"], each, marker, "full", "C1", f"{name}, measured on test", offset)
+    _trial_dots(axes, trials)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     axes.legend(handles.values(), handles, loc="lower left")
 
 
+def _trial_dots(axes: Any, trials: Sequence[tuple[float, float]]) -> None:
+    """Draw the trials without letting the worst of them squeeze the rest."""
+    low, high = axes.get_ylim()
+    low -= 0.5 * (high - low)
+    below = sum(100 * y < low for _, y in trials)
+    label = f"trial ({below} more below)" if below else "trial"
+    if trials:
+        axes.scatter([x for x, _ in trials], [100 * y for _, y in trials], s=14, color="C3", linewidth=0, label=label)
+    axes.set_ylim(max(low, min([100 * y for _, y in trials], default=low) - 0.1 * (high - low)), None)
+
+
 def _interval(
-    axes: Any, x: float, y: float, low: float, high: float, marker: str, fill: str, colour: str, label: str
-) -> None:
+    axes: Any, x: float, y: float, ends: Mapping[str, float], marker: str, fill: str, colour: str, label: str,
+    offset: float = 0,
+) -> None:  # fmt: skip
+    """Draw a point with its interval, a few typographic points beside its place where two would cover each other."""
+    place = axes.transData + ScaledTranslation(offset / 72, 0, axes.figure.dpi_scale_trans)
     axes.errorbar(
-        [x], [100 * y], yerr=[[100 * (y - low)], [100 * (high - y)]], marker=marker, fillstyle=fill, color=colour,
-        markersize=11 if marker == "*" else 6.5, elinewidth=1.2, linestyle="none", label=label, zorder=3,
+        [x], [100 * y], yerr=[[100 * (y - ends["low"])], [100 * (ends["high"] - y)]], marker=marker, fillstyle=fill,
+        color=colour, markersize=11 if marker == "*" else 6.5, elinewidth=1.2, linestyle="none", label=label, zorder=3,
+        transform=place,
     )  # fmt: skip
 
 
@@ -218,7 +237,8 @@ def recovery(figure: Figure, trials: Sequence[Finished], dense: float | None) ->
     axes.grid(True, axis="y")
     counts = [len(PruningPlan.parse(trial.plan)) for trial in trials]
     norm = Normalize(0, max(counts) or 1)
-    colours = matplotlib.colormaps["viridis"].resampled(256)
+    # Neither end of the colours is lost on either paper.
+    colours = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0.15, 0.88, 256)))
     for trial in trials:
         cell = PruningPlan.parse(trial.plan).cell
         style = "-" if cell.n_attn > cell.n_act else "--" if cell.n_attn < cell.n_act else "-."
@@ -242,8 +262,8 @@ def _dense_line(axes: Any, dense: float | None) -> None:
     if dense is not None:
         axes.axhline(100 * dense, color="C1", linewidth=1, zorder=1)
         axes.annotate(
-            "dense", (0, 100 * dense), xycoords=("axes fraction", "data"), xytext=(4, 3), textcoords="offset points",
-            color="C1", fontsize=8.5,
+            "dense", (1, 100 * dense), xycoords=("axes fraction", "data"), xytext=(3, 0), textcoords="offset points",
+            color="C1", fontsize=8.5, va="center",
         )  # fmt: skip
 
 
@@ -282,9 +302,10 @@ def plan(figure: Figure, removed: PruningPlan, ranking: Ranking, importance: Map
 
 
 def _unit(axes: Any, x: int, y: int, shade: float | None, removed: bool) -> None:
-    colour = matplotlib.colormaps["Blues"](0.25 + 0.65 * shade) if shade is not None else "none"
-    box = {"boxstyle": "round,pad=0,rounding_size=0.12", "linewidth": 1.2}
-    look = {"facecolor": "none", "edgecolor": "C3", "linestyle": (0, (2, 2))} if removed else {"facecolor": colour}
-    axes.add_patch(FancyBboxPatch((x - 0.4, y - 0.4), 0.8, 0.8, **box, **look))
+    box = FancyBboxPatch((x - 0.4, y - 0.4), 0.8, 0.8, boxstyle="round,pad=0,rounding_size=0.12", linewidth=1.2)
+    box.set_edgecolor("C3" if removed or shade is None else "none")
+    box.set_facecolor("none" if removed or shade is None else matplotlib.colormaps["Blues"](0.25 + 0.65 * shade))
+    axes.add_patch(box)
     if removed:
+        box.set_linestyle((0, (2, 2)))
         axes.plot(x, y, marker="x", color="C1", markersize=9, markeredgewidth=2)

@@ -150,12 +150,12 @@ class Surface:
         width = np.array([_PRIOR[name][1] for name in names])
 
         def loss(z: Array) -> tuple[float, Array]:
-            hyper = Hyperparameters(**dict(zip(names, map(float, np.exp(centre + width * z)), strict=True)))
+            hyper = _named(centre + width * z)
             value, gradient = self._negative_log_likelihood(data, hyper)
             return value + 0.5 * float(z @ z), np.array([gradient[n] for n in names]) * width + z
 
         found = minimize(loss, np.zeros(len(names)), jac=True, method="L-BFGS-B", bounds=[(-3.0, 3.0)] * len(names))
-        return Hyperparameters(**dict(zip(names, map(float, np.exp(centre + width * found.x)), strict=True)))
+        return _named(centre + width * found.x)
 
     def _negative_log_likelihood(self, data: Data, hyper: Hyperparameters) -> tuple[float, dict[str, float]]:
         """Return the value (up to a constant) and its gradient in the logarithm of each hyperparameter."""
@@ -186,3 +186,9 @@ class Surface:
             "length": slope_of(smooth * squared / hyper.length**2),
             "noise": slope_of(2 * noise) + repeats - data.scatter / hyper.noise**2,
         }
+
+
+def _named(logarithms: Array) -> Hyperparameters:
+    """Return hyperparameters from their logarithms, in the order of the priors."""
+    slope, residual, length, noise = map(float, np.exp(logarithms))
+    return Hyperparameters(slope, residual, length, noise)

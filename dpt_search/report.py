@@ -112,9 +112,7 @@ def write_report(store: RunStore) -> str:
         loader=PackageLoader("dpt_search", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {
-        "percent": percent, "points": points, "times": times, "duration": duration, "cell": cell_of, "date": date,
-    }  # fmt: skip
+    environment.filters |= {f.__name__: f for f in (percent, points, times, date, cell, duration)}
     page = environment.get_template("report.html.jinja").render(
         found=found,
         headline=headline(found),
@@ -132,7 +130,7 @@ def write_report(store: RunStore) -> str:
 
 def percent(value: float | None, digits: int = 1) -> str:
     """Write a fraction as per cent; a dash where there is none."""
-    return "–" if value is None else f"{100 * value:.{digits}f} %"
+    return "–" if value is None else f"{100 * value:.{digits}f} %".replace("-", "−")
 
 
 def points(value: float) -> str:
@@ -150,7 +148,7 @@ def date(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
 
 
-def cell_of(plan: str) -> str:
+def cell(plan: str) -> str:
     """Write the cell of a plan's text form."""
     return str(PruningPlan.parse(plan).cell)
 
@@ -180,17 +178,11 @@ def _speed(speedup: float, batch: str) -> str:
 
 def missing(found: Found) -> list[tuple[str, str]]:
     """Return what the run does not hold yet and the command that makes it, in the order of the stages."""
-    there = {
-        "dense": found.dense,
-        "profile": found.costs,
-        "rank": found.ranking,
-        "search": found.finished,
-        "recommend": found.recommendation,
-        "finetune": found.finetune,
-        "export": found.export,
-    }
-    where = shlex.quote(found.location)
-    return [(STAGES[name], f"dpt-search {name} {where}") for name, value in there.items() if not value]
+    there = (
+        found.dense, found.costs, found.ranking, found.finished, found.recommendation, found.finetune, found.export,
+    )  # fmt: skip
+    where, left = shlex.quote(found.location), zip(STAGES.items(), there, strict=True)
+    return [(what, f"dpt-search {name} {where}") for (name, what), value in left if not value]
 
 
 def warnings(found: Found) -> list[str]:
@@ -206,7 +198,8 @@ def warnings(found: Found) -> list[str]:
     lines += _stale(found)
     for batch, timing in (found.export or {"timing": {}})["timing"].items():
         if timing["low"] <= 1:
-            lines.append(f"at batch {batch} the speedup cannot be told from none ({_range(timing, times)})")
+            ends = f"{times(timing['low'])} to {times(timing['high'])}"
+            lines.append(f"at batch {batch} the speedup cannot be told from none ({ends})")
     return lines
 
 
@@ -217,10 +210,6 @@ def _stale(found: Found) -> Iterator[str]:
         yield f"what was fine-tuned, {found.finetune['plan']}, is not what is recommended now for its budget"
     if found.finetune and found.export and found.finetune["plan"] != found.export["plan"]:
         yield f"what was exported, {found.export['plan']}, is not what was fine-tuned last"
-
-
-def _range(found: Mapping[str, float], write: Any) -> str:
-    return f"{write(found['low'])} to {write(found['high'])}"
 
 
 def savings(found: Found) -> dict[str, tuple[float, float]]:
@@ -260,30 +249,37 @@ def drawings(found: Found) -> dict[str, tuple[Draw, tuple[float, float]]]:
     drawn: dict[str, tuple[Draw, tuple[float, float]]] = {}
     if found.recommendation:
         draw = partial(plots.surface, found=found.recommendation["surface"], trials=found.finished, rows=found.rows)
-        drawn["surface"] = (draw, (9.0, 4.4))
-    batch = tradeoff_batch(found)
+        drawn["surface"] = draw, (9.0, 4.4)
+    batch, trials = speedups(found)
     if batch:
-        trials = [(found.costs.speedup(PruningPlan.parse(t.plan), int(batch)), t.accuracy) for t in found.finished]
-        args = {"rows": found.rows, "batch": batch, "trials": trials, "dense": found.dense, "exported": found.export}
-        drawn["tradeoff"] = (partial(plots.tradeoff, **args), (7.6, 4.4))
+        frontier = partial(plots.tradeoff, batch=batch, trials=trials, dense=found.dense, exported=found.export)
+        drawn["tradeoff"] = partial(frontier, rows=found.rows), (7.6, 4.4)
     if found.finished:
-        drawn["recovery"] = (partial(plots.recovery, trials=found.finished, dense=dense), (7.6, 4.2))
+        drawn["recovery"] = partial(plots.recovery, trials=found.finished, dense=dense), (7.6, 4.2)
     if found.finetune and found.finetune["epochs"]:
-        drawn["finetune"] = (partial(plots.finetune, epochs=found.finetune["epochs"], dense=dense), (7.6, 3.2))
+        drawn["finetune"] = partial(plots.finetune, epochs=found.finetune["epochs"], dense=dense), (7.6, 3.2)
     if found.plan and found.ranking:
         ranking = Ranking(tuple(found.ranking["attn"]), tuple(found.ranking["act"]))
-        args = {"removed": PruningPlan.parse(found.plan), "ranking": ranking, "importance": found.ranking["importance"]}
-        drawn["plan"] = (partial(plots.plan, **args), (7.6, 1.9))
+        blocks = partial(plots.plan, ranking=ranking, importance=found.ranking["importance"])
+        drawn["plan"] = partial(blocks, removed=PruningPlan.parse(found.plan)), (7.6, 1.7)
     return drawn
 
 
-def tradeoff_batch(found: Found) -> str:
-    """Return the batch size at which accuracy is drawn against speedup; empty where no speed is known."""
-    known = [set(row["speedup"]) for row in found.rows]
+def speedups(found: Found) -> tuple[str, list[tuple[float, float]]]:
+    """Return the batch size at which accuracy is drawn against speedup, and that pair for every finished trial.
+
+    The batch is empty where no speed is known.
+    """
+    if found.costs is None or not (found.rows or found.export):
+        return "", []
+    known = [set(map(str, found.costs.dense.seconds)), *(set(row["speedup"]) for row in found.rows)]
     known += [set(found.export["timing"])] if found.export else []
-    if not known or found.costs is None:
-        return ""
-    return max(set.intersection(*known, set(map(str, found.costs.dense.seconds))), key=int, default="")
+    batch = max(set.intersection(*known), key=int, default="")
+    if not batch:
+        return "", []
+    plans = [PruningPlan.parse(trial.plan) for trial in found.finished]
+    faster = [found.costs.speedup(plan, int(batch)) for plan in plans]
+    return batch, [(x, trial.accuracies[-1]) for x, trial in zip(faster, found.finished, strict=True)]
 
 
 def _plotted(store: RunStore, name: str, draw: Draw, size: tuple[float, float]) -> dict[str, str]:

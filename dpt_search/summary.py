@@ -41,7 +41,7 @@ def result_table(store: RunStore) -> str:
     if summary is None:
         return "nothing exported yet"
     dense, merged, change = summary["dense"], summary["merged"], summary["difference"]
-    rows = [
+    rows: list[Sequence[str]] = [
         ("accuracy on test", _accuracy(dense), _accuracy(merged), _points(change)),
         ("parameters", f"{dense['params']:,}", f"{merged['params']:,}", _ratio(dense["params"], merged["params"])),
         ("MACs an image", _millions(dense["macs"]), _millions(merged["macs"]), _ratio(dense["macs"], merged["macs"])),

@@ -10,6 +10,7 @@ Heterogeneity-Aware Perspective", PMLR v306).
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ from search_spaces.timm_compat import timm
 class MlpBlock(nn.Module):
     """What is left of a block without attention: `x + mlp(norm2(x))`; shape (images, tokens, width) in and out."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: Any) -> None:
         super().__init__()
         self.norm2, self.mlp, self.ls2, self.drop_path2 = block.norm2, block.mlp, block.ls2, block.drop_path2
 
@@ -52,17 +53,21 @@ class GatedActivation(nn.Module):
         return torch.lerp(x, self.act(x), self.gate.to(x.dtype))
 
 
+def _blocks(model: nn.Module) -> Any:
+    return model.blocks
+
+
 def units(model: nn.Module) -> tuple[Unit, ...]:
     """Return the units that can still be removed, attentions first, by block.
 
     Raises:
         UnsupportedModel: a block is not timm's pre-norm `Block`.
     """
-    for index, block in enumerate(model.blocks):
+    for index, block in enumerate(_blocks(model)):
         if not isinstance(block, timm.models.vision_transformer.Block | MlpBlock):
             raise UnsupportedModel(f"block {index} is a {type(block).__name__}, not a pre-norm ViT block")
-    attn = [Unit("attn", i) for i, block in enumerate(model.blocks) if not isinstance(block, MlpBlock)]
-    act = [Unit("act", i) for i, block in enumerate(model.blocks) if _removable_activation(block.mlp)]
+    attn = [Unit("attn", i) for i, block in enumerate(_blocks(model)) if not isinstance(block, MlpBlock)]
+    act = [Unit("act", i) for i, block in enumerate(_blocks(model)) if _removable_activation(block.mlp)]
     return (*attn, *act)
 
 
@@ -89,20 +94,20 @@ def gates(model: nn.Module) -> Iterator[dict[Unit, torch.Tensor]]:
     try:
         for unit, gate in installed.items():
             if unit.kind == "attn":
-                model.blocks[unit.index].attn = GatedAttention(originals[unit], gate)
+                _blocks(model)[unit.index].attn = GatedAttention(originals[unit], gate)
             else:
-                model.blocks[unit.index].mlp.act = GatedActivation(originals[unit], gate)
+                _blocks(model)[unit.index].mlp.act = GatedActivation(originals[unit], gate)
         yield installed
     finally:
         for unit, module in originals.items():
             if unit.kind == "attn":
-                model.blocks[unit.index].attn = module
+                _blocks(model)[unit.index].attn = module
             else:
-                model.blocks[unit.index].mlp.act = module
+                _blocks(model)[unit.index].mlp.act = module
 
 
 def _gated_module(model: nn.Module, unit: Unit) -> nn.Module:
-    block = model.blocks[unit.index]
+    block = _blocks(model)[unit.index]
     return block.attn if unit.kind == "attn" else block.mlp.act
 
 
@@ -118,10 +123,11 @@ def remove(model: nn.Module, plan: PruningPlan) -> nn.Module:
     if missing:
         names = " ".join(str(unit) for unit in sorted(missing))
         raise UnsupportedModel(f"the model has no removable {names}")
+    blocks = _blocks(model)
     for index in plan.act:
-        model.blocks[index].mlp.act = nn.Identity()
+        blocks[index].mlp.act = nn.Identity()
     for index in plan.attn:
-        model.blocks[index] = MlpBlock(model.blocks[index])
+        blocks[index] = MlpBlock(blocks[index])
     return model
 
 
@@ -130,7 +136,7 @@ def merge(model: nn.Module) -> nn.Module:
 
     `W = W2 @ W1` and `b = W2 @ b1 + b2` are formed in float64 and rounded once.
     """
-    for block in model.blocks:
+    for block in _blocks(model):
         mlp = block.mlp
         if isinstance(mlp, timm.layers.Mlp) and isinstance(mlp.act, nn.Identity):
             block.mlp = _merged(mlp.fc1, mlp.fc2)

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import filelock
 import numpy as np
@@ -51,9 +51,9 @@ class View:
         mean, std = tuple(data.mean or config["mean"]), tuple(data.std or config["std"])
         if len(mean) != channels or len(std) != channels:
             raise BadData(f"the model takes {channels} channels, so data.mean and data.std need {channels} values each")
-        size = model.patch_embed.img_size or config["input_size"][1:]
+        size = cast("tuple[int, int]", model.patch_embed.img_size or config["input_size"][1:])
         return cls(
-            (channels, *size), mean, std, config["interpolation"], data.crop_pct or config.get("crop_pct") or 1.0
+            (int(channels), *size), mean, std, config["interpolation"], data.crop_pct or config.get("crop_pct") or 1.0
         )
 
     @property

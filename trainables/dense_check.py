@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -52,7 +52,7 @@ def check_dense(task: Task) -> dict[str, Any]:
     return {
         **found,
         "images": len(val),
-        "classes": int(workspace.dense.num_classes),
+        "classes": cast(int, workspace.dense.num_classes),
         "chance": chance,
         "device": describe(workspace.device),
         "warnings": _warnings(task),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -110,7 +110,7 @@ class Training:
     @property
     def classes(self) -> int:
         """Number of classes K."""
-        return int(self.model.num_classes)
+        return cast(int, self.model.num_classes)
 
     @property
     def result(self) -> Module:

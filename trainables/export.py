@@ -10,7 +10,7 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import safetensors.torch
@@ -81,7 +81,7 @@ def write_model(task: ExportTask, workspace: Workspace, unmerged: torch.nn.Modul
     merged = family_of(unmerged).merge(copy.deepcopy(unmerged).cpu())
     weights = {name: tensor.contiguous() for name, tensor in merged.state_dict().items()}
     write_bytes(f"{task.folder}/model.safetensors", safetensors.torch.save(weights))
-    kwargs = {**task.model.kwargs, "num_classes": int(unmerged.num_classes)}
+    kwargs = {**task.model.kwargs, "num_classes": cast(int, unmerged.num_classes)}
     description = {
         "plan": task.plan,
         "model": asdict(ModelSettings(task.model.name, kwargs)),

@@ -6,6 +6,7 @@ import copy
 import platform
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import cast
 
 import torch
 
@@ -67,7 +68,7 @@ class Workspace:
         return self._sets[key]
 
     def _check_labels(self, images: ImageSet, split: str) -> None:
-        classes, low, high = int(self.dense.num_classes), int(images.labels.min()), int(images.labels.max())
+        classes, low, high = cast(int, self.dense.num_classes), int(images.labels.min()), int(images.labels.max())
         if low < 0 or high >= classes:
             raise BadData(
                 f"{split} has label {low if low < 0 else high}, but the model has {classes} classes (0 to "

@@ -3,9 +3,10 @@
     python examples/fashion_mnist/make_splits.py [FOLDER]
 
 FOLDER holds the four official .gz files (Debian's package dataset-fashion-mnist puts them into
-/usr/share/datasets/fashion-mnist); without it torchvision downloads them. `train`, `probe` and `val` are class-balanced,
-disjoint parts of the official training images, `test` of the official test images. With `--full FOLDER` the training
-images that are in neither `probe` nor `val`, and these two, go into FOLDER too: what train_dense.py learns from.
+/usr/share/datasets/fashion-mnist); without it torchvision downloads them. `train`, `probe` and `val` are
+class-balanced, disjoint parts of the official training images, `test` of the official test images. With
+`--full FOLDER` the training images that are in neither `probe` nor `val`, and these two, go into FOLDER too: what
+train_dense.py learns from.
 """
 
 import argparse
@@ -58,8 +59,9 @@ def read_official(folder: str | None, prefix: str, split: str) -> tuple[np.ndarr
 
         dataset = torchvision.datasets.FashionMNIST("data", train=split == "train", download=True)
         return dataset.data.numpy(), dataset.targets.numpy()
-    pixels = np.frombuffer(gzip.open(f"{folder}/{prefix}-images-idx3-ubyte.gz").read(), np.uint8, offset=16)
-    labels = np.frombuffer(gzip.open(f"{folder}/{prefix}-labels-idx1-ubyte.gz").read(), np.uint8, offset=8)
+    images, classes = (Path(folder, f"{prefix}-{name}-ubyte.gz") for name in ("images-idx3", "labels-idx1"))
+    pixels = np.frombuffer(gzip.decompress(images.read_bytes()), np.uint8, offset=16)
+    labels = np.frombuffer(gzip.decompress(classes.read_bytes()), np.uint8, offset=8)
     return pixels.reshape(-1, 28, 28), labels.astype(np.int64)
 
 

@@ -21,7 +21,8 @@ from trainables.settings import DataSettings, ModelSettings, Recipe
 OUT = Path(__file__).parents[2] / "dpt_search" / "embedded" / "fashion_mnist" / "dense.safetensors"
 MODEL = ModelSettings(
     name="vit_tiny_patch16_224",
-    kwargs=dict(img_size=28, patch_size=7, in_chans=1, embed_dim=64, depth=12, num_heads=4, num_classes=10),
+    kwargs={"img_size": 28, "patch_size": 7, "in_chans": 1, "embed_dim": 64, "depth": 12, "num_heads": 4}
+    | {"num_classes": 10},
 )
 RECIPE = Recipe(
     epochs=30, batch_size=128, lr=6e-3, min_lr=1e-5, warmup_epochs=2, weight_decay=0.05, label_smoothing=0.1,

@@ -1,0 +1,122 @@
+"""The blend of polynomial, residual and noise."""
+
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpt_search.map_predictor import MapPredictor, monomials
+from dpt_search.map_sampler import ratios
+from dpt_search.posterior import Data, Hyperparameters, Surface
+from search_spaces.ratios import RatioSpace
+
+SPACE = RatioSpace(12, 12)
+POINTS = ratios(SPACE)
+SURFACE = Surface(POINTS)
+
+
+def quadratic(seed: int) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    falls = generator.uniform(0.02, 0.3, 5) * [1, 1, 1, 0.3, 1]
+    return 0.85 - monomials(POINTS, 2)[:, 1:] @ falls
+
+
+def observe(truth: np.ndarray, n: int, noise: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    cells = generator.integers(0, len(truth), n)
+    return cells, truth[cells] + noise * generator.standard_normal(n)
+
+
+@given(seed=st.integers(0, 10_000), n=st.integers(1, 40))
+def test_order_of_arrival_does_not_matter(seed, n):
+    cells, accuracies = observe(quadratic(seed), n, 0.003, seed)
+    shuffled = np.random.default_rng(seed + 1).permutation(n)
+    first = SURFACE.posterior(Data.of(cells, accuracies))
+    second = SURFACE.posterior(Data.of(cells[shuffled], accuracies[shuffled]))
+    np.testing.assert_array_equal(first.mean, second.mean)
+
+
+@given(seed=st.integers(0, 10_000), n=st.integers(1, 40), added=st.floats(-0.5, 0.5))
+def test_adding_a_constant_moves_every_mean_by_it_and_no_uncertainty(seed, n, added):
+    cells, accuracies = observe(quadratic(seed), n, 0.003, seed)
+    hyper = SURFACE.fit(Data.of(cells, accuracies))
+    plain = SURFACE.posterior(Data.of(cells, accuracies), hyper)
+    moved = SURFACE.posterior(Data.of(cells, accuracies + added), hyper)
+    np.testing.assert_allclose(moved.mean, plain.mean + added, atol=1e-7)
+    np.testing.assert_allclose(moved.covariance, plain.covariance, atol=1e-9)
+
+
+@given(seed=st.integers(0, 10_000))
+def test_without_residual_and_with_flat_priors_it_is_map(seed):
+    cells, accuracies = observe(quadratic(seed), 30, 0.003, seed)
+    limit = Hyperparameters(slope=100.0, residual=1e-9, length=0.35, noise=0.003)
+    expected, error = MapPredictor(POINTS[cells], accuracies, degree=2).predict(POINTS)
+    found = SURFACE.posterior(Data.of(cells, accuracies), limit)
+    np.testing.assert_allclose(found.mean, expected, atol=1e-4)
+    sd = MapPredictor(POINTS[cells], accuracies, degree=2).sd
+    np.testing.assert_allclose(found.sd / limit.noise, error / sd, rtol=0.02)
+
+
+@given(seed=st.integers(0, 10_000), n=st.integers(3, 60))
+def test_means_stay_near_what_was_observed(seed, n):
+    truth = quadratic(seed)
+    cells, accuracies = observe(truth, n, 0.005, seed)
+    mean = SURFACE.posterior(Data.of(cells, accuracies)).mean
+    assert mean.max() < truth.max() + 0.05
+
+
+@given(seed=st.integers(0, 10_000), n=st.integers(1, 30))
+def test_marginal_likelihood_gradient(seed, n):
+    data = Data.of(*observe(quadratic(seed), n, 0.004, seed))
+    hyper = Hyperparameters()
+    _, gradient = SURFACE._negative_log_likelihood(data, hyper)
+    for name in gradient:
+        low, high = (
+            SURFACE._negative_log_likelihood(data, replace(hyper, **{name: getattr(hyper, name) * np.exp(step)}))[0]
+            for step in (-1e-5, 1e-5)
+        )
+        assert gradient[name] == pytest.approx((high - low) / 2e-5, rel=1e-3, abs=1e-3)
+
+
+def test_every_hyperparameter_but_the_degree_is_learnt():
+    _, gradient = SURFACE._negative_log_likelihood(Data.of(np.array([3]), np.array([0.8])), Hyperparameters())
+    assert set(gradient) == {f.name for f in fields(Hyperparameters)} - {"degree"}
+
+
+def test_repeated_trials_are_averaged():
+    once = Data.of(np.array([5, 9]), np.array([0.8, 0.7]))
+    often = Data.of(np.array([5, 9, 5, 5]), np.array([0.81, 0.7, 0.79, 0.80]))
+    np.testing.assert_allclose(often.means, once.means)
+    assert often.counts.tolist() == [3, 1]
+    assert often.scatter == pytest.approx(2e-4)
+    hyper = Hyperparameters()
+    assert SURFACE.posterior(often, hyper).sd[5] < SURFACE.posterior(once, hyper).sd[5]
+
+
+def test_pending_trials_shrink_uncertainty_and_move_nothing():
+    data = Data.of(*observe(quadratic(1), 8, 0.003, 1))
+    plain = SURFACE.posterior(data)
+    pending = plain.with_pending(np.array([20, 20, 100]))
+    np.testing.assert_array_equal(pending.mean, plain.mean)
+    assert pending.sd[20] < plain.sd[20]
+    assert (pending.sd <= plain.sd + 1e-12).all()
+
+
+def test_pending_trials_count_as_observed_at_their_mean():
+    data = Data.of(*observe(quadratic(2), 8, 0.003, 2))
+    hyper = SURFACE.fit(data)
+    plain = SURFACE.posterior(data, hyper)
+    cells = np.append(data.cells, [20, 100])
+    told = Data(cells, np.append(data.means, plain.mean[[20, 100]]), np.append(data.counts, [1, 1]), data.scatter)
+    expected = SURFACE.posterior(told, hyper)
+    found = plain.with_pending(np.array([20, 100]))
+    np.testing.assert_allclose(found.mean, expected.mean, atol=1e-6)
+    np.testing.assert_allclose(found.covariance, expected.covariance, atol=1e-6)
+
+
+def test_learns_a_quadratic_from_a_dozen_trials():
+    truth = quadratic(3)
+    mean = SURFACE.posterior(Data.of(*observe(truth, 14, 0.001, 3))).mean
+    assert np.abs(mean - truth).mean() < 0.01

@@ -1,0 +1,186 @@
+"""One contract for every sampler: a new one joins by a row in `samplers`."""
+
+import subprocess
+import sys
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from dpt_search.config import SAMPLER_NAMES
+from dpt_search.map_sampler import MapSampler, initial_design
+from dpt_search.samplers import PURE, cell_of, feasible_cells, make_sampler, params_of, search_space
+from search_spaces.budgets import Budget
+from search_spaces.ratios import Cell, RatioSpace
+
+SPACE = RatioSpace(6, 5)
+ONE, SEVERAL = [Budget(4)], [Budget(3), Budget(4), Budget(6)]
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+def accuracy(cell: Cell) -> float:
+    return 0.9 - 0.01 * (cell.n_attn - 1) ** 2 - 0.004 * (cell.n_act - 3) ** 2
+
+
+def rebuilt(done: list[tuple[Cell, float]], name: str, budgets: list[Budget], seed: int = 0):
+    """A study as a search makes it from its log."""
+    study = optuna.create_study(direction="maximize", sampler=make_sampler(name, SPACE, budgets, seed=seed))
+    space = search_space(name, SPACE, budgets)
+    for cell, value in done:
+        params = params_of(cell, name, SPACE, budgets)
+        study.add_trial(optuna.trial.create_trial(value=value, params=params, distributions=space))
+    return study
+
+
+def ask(study: optuna.Study, name: str, budgets: list[Budget]) -> tuple[optuna.Trial, Cell]:
+    trial = study.ask(search_space(name, SPACE, budgets))
+    return trial, cell_of(trial.params, SPACE, budgets)
+
+
+def sequence(name: str, budgets: list[Budget], n: int, seed: int = 0) -> list[Cell]:
+    study, cells = rebuilt([], name, budgets, seed), []
+    for _ in range(n):
+        trial, cell = ask(study, name, budgets)
+        study.tell(trial, accuracy(cell))
+        cells.append(cell)
+    return cells
+
+
+def test_the_table_of_names_is_complete():
+    assert set(SAMPLER_NAMES) == {"map", *PURE}
+
+
+@pytest.mark.parametrize("budgets", [ONE, SEVERAL], ids=["one", "several"])
+@pytest.mark.parametrize("name", SAMPLER_NAMES)
+class TestEverySampler:
+    def test_proposes_cells_of_the_space(self, name, budgets):
+        assert all(cell in SPACE for cell in sequence(name, budgets, 9))
+
+    def test_a_search_rebuilt_from_its_log_goes_on_as_it_would_have(self, name, budgets):
+        if name == "cmaes":
+            pytest.skip("Optuna pickles the state of CMA-ES into the study; a rebuilt search starts it anew")
+        cells = sequence(name, budgets, 8)
+        for done in (1, 4, 7):
+            study = rebuilt([(c, accuracy(c)) for c in cells[:done]], name, budgets)
+            assert ask(study, name, budgets)[1] == cells[done]
+
+    def test_survives_failed_and_pruned_trials(self, name, budgets):
+        study = rebuilt([], name, budgets)
+        for state in (TrialState.FAIL, TrialState.PRUNED, TrialState.COMPLETE, TrialState.FAIL, TrialState.COMPLETE):
+            trial, cell = ask(study, name, budgets)
+            study.tell(trial, accuracy(cell) if state is TrialState.COMPLETE else None, state=state)
+        assert ask(study, name, budgets)[1] in SPACE
+
+    def test_proposes_beside_running_trials(self, name, budgets):
+        study = rebuilt([], name, budgets)
+        assert all(ask(study, name, budgets)[1] in SPACE for _ in range(8))
+
+    def test_cells_and_parameters_translate_both_ways(self, name, budgets):
+        for cell in feasible_cells(SPACE, budgets):
+            params = params_of(cell, name, SPACE, budgets)
+            assert params is not None
+            assert cell_of(params, SPACE, budgets) == cell
+
+    def test_takes_enqueued_trials(self, name, budgets):
+        study = rebuilt([], name, budgets)
+        wanted = feasible_cells(SPACE, budgets)[2]
+        study.enqueue_trial(params_of(wanted, name, SPACE, budgets))
+        trial, cell = ask(study, name, budgets)
+        study.tell(trial, 0.5)
+        assert cell == wanted
+        trial, cell = ask(study, name, budgets)
+        study.tell(trial, 0.5)
+        assert cell in SPACE
+
+
+@pytest.mark.parametrize("name", ["tpe", "qmc", "random", "grid", "gp"])
+def test_pure_search_of_one_budget_stays_on_its_line(name):
+    assert all(cell.total == 4 for cell in sequence(name, ONE, 6))
+
+
+@pytest.mark.parametrize("name", ["tpe", "qmc", "random", "grid"])
+def test_another_seed_is_another_search(name):
+    assert sequence(name, SEVERAL, 8, seed=0) != sequence(name, SEVERAL, 8, seed=1)
+
+
+def test_the_grid_visits_every_feasible_cell_once():
+    cells = feasible_cells(SPACE, SEVERAL)
+    assert sorted(sequence("grid", SEVERAL, len(cells))) == cells
+
+
+def test_a_cell_outside_the_line_has_no_parameters_in_a_pure_search():
+    assert params_of(Cell(0, 0), "tpe", SPACE, ONE) is None
+    assert params_of(Cell(0, 0), "grid", SPACE, SEVERAL) is None
+    assert params_of(Cell(0, 0), "map", SPACE, ONE) == {"n_attn": 0, "n_act": 0}
+
+
+class TestMapSampler:
+    def test_begins_with_its_design(self):
+        assert sequence("map", SEVERAL, 4) == initial_design(SPACE, SEVERAL)
+
+    def test_finds_the_best_cells_of_all_budgets_in_a_dozen_trials(self):
+        from dpt_search.recommend import Observation, recommend
+        from search_spaces.plan import Ranking
+
+        ranking = Ranking(tuple(range(6)), tuple(range(5)))
+        cells = sequence("map", SEVERAL, 12)
+        observations = [Observation(ranking.plan(c), "dense", accuracy(c), 1.0) for c in cells]
+        for found in recommend(SPACE, SEVERAL, observations)[1]:
+            best = max(accuracy(c) for c in found.budget.feasible(SPACE))
+            assert accuracy(found.cell) > best - 0.003
+
+    def test_adding_a_constant_changes_no_proposal(self):
+        cells = sequence("map", SEVERAL, 9)
+        for added in (-0.3, 0.05):
+            study = rebuilt([(c, accuracy(c) + added) for c in cells[:8]], "map", SEVERAL)
+            assert ask(study, "map", SEVERAL)[1] == cells[8]
+
+    def test_minimising_a_loss_is_maximising_its_negative(self):
+        cells = sequence("map", SEVERAL, 7)
+        study = optuna.create_study(direction="minimize", sampler=MapSampler(SPACE, SEVERAL))
+        for cell in cells:
+            trial, found = ask(study, "map", SEVERAL)
+            assert found == cell
+            study.tell(trial, -accuracy(cell))
+
+    def test_works_define_by_run(self):
+        def objective(trial: optuna.Trial) -> float:
+            cell = Cell(trial.suggest_int("n_attn", 0, 6), trial.suggest_int("n_act", 0, 5))
+            trial.suggest_float("lr", 1e-4, 1e-2, log=True)
+            return accuracy(cell)
+
+        study = optuna.create_study(direction="maximize", sampler=MapSampler(SPACE, ONE))
+        study.optimize(objective, n_trials=8)
+        assert len(study.trials) == 8
+
+    def test_a_cell_that_failed_is_not_tried_again(self):
+        study = rebuilt([], "map", SEVERAL)
+        failed = []
+        for number in range(10):
+            trial, cell = ask(study, "map", SEVERAL)
+            assert cell not in failed
+            if number % 2:
+                failed.append(cell)
+                study.tell(trial, state=TrialState.FAIL)
+            else:
+                study.tell(trial, accuracy(cell))
+
+    def test_dear_cells_are_tried_less(self):
+        done = [(c, accuracy(c)) for c in initial_design(SPACE, SEVERAL)]
+        index = {cell: i for i, cell in enumerate(SPACE)}
+        told = [(index[c], value) for c, value in done]
+        plain = MapSampler(SPACE, SEVERAL).next_cell(told, [])
+        dear = MapSampler(SPACE, SEVERAL, lambda cell: 1e6 if index[cell] == plain else 1.0).next_cell(told, [])
+        assert dear != plain
+
+    def test_needs_neither_torch_nor_ray(self):
+        code = (
+            "import sys; sys.modules['torch'] = sys.modules['ray'] = None\n"
+            "import optuna; from dpt_search.map_sampler import MapSampler; from search_spaces.budgets import Budget\n"
+            "from search_spaces.ratios import RatioSpace\n"
+            "study = optuna.create_study(direction='maximize', sampler=MapSampler(RatioSpace(4, 4), [Budget(3)]))\n"
+            "study.optimize(lambda t: t.suggest_int('n_attn', 0, 4) - t.suggest_int('n_act', 0, 4), n_trials=6)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr

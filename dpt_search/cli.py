@@ -114,7 +114,7 @@ def _resolve(argv: list[str]) -> int:
     parser.add_argument("--budget", required=True, help="units=8, or several at once: units=4,6,8,10.")
     given = parse(parser, argv)
     from dpt_search.run import recorded_run
-    from dpt_search.stages import decide
+    from dpt_search.search_stages import decide
     from dpt_search.summary import recommendation_table
     from search_spaces.budgets import parse_budgets
 

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 import uuid
+from contextlib import suppress
 from types import TracebackType
 
 from dpt_search.store import BadRun, RunStore
@@ -44,7 +45,7 @@ class Lease:
         self._started = time.time()
         self._write()
         # Of two that started at once, the later write wins and the earlier gives way.
-        if self._store.read_json(self.NAME)["id"] != self._id:
+        if not self._is_ours():
             raise BadRun(f"another driver took the run directory {self._store.location!r} at this moment")
         self._thread.start()
         return self
@@ -54,7 +55,13 @@ class Lease:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        self._store.delete(self.NAME)
+        if self._is_ours():
+            self._store.delete(self.NAME)
+
+    def _is_ours(self) -> bool:
+        """Say whether nobody took the lease, which happens to a process that slept for long."""
+        holder = self._store.read_json(self.NAME)
+        return holder is not None and holder["id"] == self._id
 
     def _write(self) -> None:
         self._store.write_json(
@@ -70,7 +77,10 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
-            self._write()
+            # A beat that a full disk or a lost connection swallows is no end: the next one may come through.
+            with suppress(BadRun):
+                if self._is_ours():
+                    self._write()
 
 
 def _is_alive(holder: dict[str, float | str | int]) -> bool:

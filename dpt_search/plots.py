@@ -31,7 +31,8 @@ _PAPERS: dict[str, dict[str, Any]] = {
     "light": {"ink": "#22262b", "quiet": "#8a929b", "paper": "#ffffff", "cycle": ["#0072B2", "#D55E00", "#009E73"]},
     "dark": {"ink": "#dfe3e8", "quiet": "#8a929b", "paper": "#1b1f24", "cycle": ["#56B4E9", "#E69F00", "#2fc79b"]},
 }
-_MARKERS = {"predicted": ("o", "none"), "observed": ("o", "full"), "confirmed": ("D", "full")}
+# Colour, marker and fill.
+_LOOKS = {"predicted": ("C0", "o", "none"), "observed": ("C0", "o", "full"), "confirmed": ("C0", "D", "full")}
 _KIND_NAMES = {"attn": "attention", "act": "activation"}
 
 
@@ -44,44 +45,32 @@ def png(draw: Draw, size: tuple[float, float], paper: str) -> bytes:
         paper: `light` or `dark`.
     """
     with matplotlib.rc_context(_style(**_PAPERS[paper])):
-        figure = Figure(figsize=size, dpi=160, layout="compressed")
+        figure = Figure(figsize=size, dpi=160, layout="constrained")
         draw(figure)
         stream = io.BytesIO()
         # No version in the file: the same run gives the same bytes.
-        figure.savefig(stream, format="png", metadata={"Software": None})
+        figure.savefig(stream, format="png", bbox_inches="tight", pad_inches=0.06, metadata={"Software": None})
     return stream.getvalue()
 
 
 def _style(ink: str, quiet: str, paper: str, cycle: Sequence[str]) -> dict[str, Any]:
+    inked = ("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.labelcolor", "ytick.labelcolor")
     return {
-        "text.color": ink,
-        "axes.labelcolor": ink,
-        "axes.titlecolor": ink,
-        "xtick.labelcolor": ink,
-        "ytick.labelcolor": ink,
-        "xtick.color": quiet,
-        "ytick.color": quiet,
-        "axes.edgecolor": quiet,
-        "grid.color": quiet,
-        "figure.facecolor": paper,
-        "axes.facecolor": paper,
-        "savefig.facecolor": paper,
-        "axes.prop_cycle": cycler(color=[*cycle, quiet]),
+        **dict.fromkeys(inked, ink),
+        **dict.fromkeys(("xtick.color", "ytick.color", "axes.edgecolor", "grid.color"), quiet),
+        **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), paper),
+        "axes.prop_cycle": cycler(color=[*cycle, quiet, ink]),
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "grid.alpha": 0.25,
-        "grid.linewidth": 0.6,
         "axes.axisbelow": True,
-        "font.size": 9.5,
         "axes.titlesize": 10,
         "axes.titlelocation": "left",
+        "grid.alpha": 0.25,
+        "grid.linewidth": 0.6,
+        "font.size": 9.5,
         "legend.frameon": False,
         "legend.fontsize": 8.5,
     }
-
-
-def _ink() -> str:
-    return str(matplotlib.rcParams["text.color"])
 
 
 def surface(
@@ -103,19 +92,18 @@ def surface(
     image = _grid(wide, mean, "viridis", norm)
     wide.set_title("predicted accuracy on val")
     wide.set_ylabel("attentions removed")
-    _bar(figure, image, wide, "%", "min" if low > mean.min() else "neither")
+    _bar(wide, image, "%", "min" if low > mean.min() else "neither")
     _budget_lines(wide, rows, RatioSpace(found["n_attn"], found["n_act"]))
     _observations(wide, trials, norm)
-    stars = [row["cell"] for row in rows]
-    wide.scatter(
-        [g for _, g in stars], [a for a, _ in stars], marker="*", s=150, color="white", edgecolor="black", zorder=4
-    )
+    for n_attn, n_act in (row["cell"] for row in rows):
+        wide.plot(n_act, n_attn, "*", markersize=14, color="white", markeredgecolor="black", zorder=4)
     narrow.set_title("its standard deviation")
-    _bar(figure, _grid(narrow, sd, "Purples", Normalize(0, float(sd.max()))), narrow, "points", "neither")
+    _bar(narrow, _grid(narrow, sd, "Purples", Normalize(0, float(sd.max()))), "points")
 
 
 def _grid(axes: Any, values: Any, colours: str, norm: Normalize) -> Any:
     image = axes.imshow(values, origin="lower", cmap=colours, norm=norm, aspect="equal")
+    axes.set_anchor("SW")
     axes.set_xlabel("activations removed")
     for axis, size in ((axes.xaxis, values.shape[1]), (axes.yaxis, values.shape[0])):
         axis.set_ticks(range(0, size, max(1, round(size / 6))))
@@ -124,8 +112,8 @@ def _grid(axes: Any, values: Any, colours: str, norm: Normalize) -> Any:
     return image
 
 
-def _bar(figure: Figure, image: Any, axes: Any, unit: str, extend: str) -> None:
-    bar = figure.colorbar(image, ax=axes, shrink=0.82, aspect=24, pad=0.02, extend=extend)
+def _bar(axes: Any, image: Any, unit: str, extend: str = "neither", height: float = 0.94) -> None:
+    bar = axes.figure.colorbar(image, cax=axes.inset_axes([1.03, 0, 0.035, height]), extend=extend)
     bar.ax.set_title(unit, fontsize=8.5, loc="left")
     bar.outline.set_visible(False)
 
@@ -135,9 +123,9 @@ def _budget_lines(axes: Any, rows: Sequence[Mapping[str, Any]], space: RatioSpac
         quantity, _, units = row["budget"].partition("=")
         line = space.line(int(units)) if quantity == "units" else []
         if line:
-            x, y = [cell.n_act for cell in line], [cell.n_attn for cell in line]
+            x, y = [cell.n_act for cell in line[::-1]], [cell.n_attn for cell in line[::-1]]
             axes.plot(x, y, color="white", linewidth=1, path_effects=_halo(2.2), zorder=2)
-            _note(axes, units, x[-1], y[-1], (-3, 5))
+            _note(axes, units, x[0], y[0], (-3, 8))
 
 
 def _note(axes: Any, text: str, x: float, y: float, offset: tuple[int, int]) -> None:
@@ -189,46 +177,49 @@ def tradeoff(
     axes.set_ylabel("accuracy, %")
     axes.xaxis.set_major_formatter("{x:.2g}x")
     for row in rows:
-        marker, fill = _MARKERS[row["status"]]
-        x = row["speedup"][batch]
-        _interval(axes, x, row["mean"], row, marker, fill, "C0", f"recommended, {row['status']}")
+        x, status = row["speedup"][batch], row["status"]
+        _interval(axes, x, row["mean"], row, _LOOKS[status], f"recommended, {status}")
         axes.annotate(
-            row["budget"], (x, 100 * row["mean"]), xytext=(-5, -11), textcoords="offset points", fontsize=8.5, color="C0",
+            row["budget"], (x, 100 * row["mean"]), (-5, -11), textcoords="offset points", fontsize=8.5, color="C0",
             ha="right",
         )  # fmt: skip
     if dense is not None:
-        _interval(axes, 1.0, dense["accuracy"], dense, "s", "full", "C0", "dense, on val", -4)
+        _interval(axes, 1.0, dense["accuracy"], dense, ("C0", "s", "full"), "dense, on val", -4)
     if exported is not None:
-        for name, marker, x in (("dense", "s", 1.0), ("merged", "*", exported["timing"][batch]["speedup"])):
-            each, offset = exported[name], 4 if name == "dense" else 0
-            _interval(axes, x, each["accuracy"], each, marker, "full", "C1", f"{name}, measured on test", offset)
+        before, after, x = exported["dense"], exported["merged"], exported["timing"][batch]["speedup"]
+        _interval(axes, 1.0, before["accuracy"], before, ("C1", "s", "full"), "dense, on test", 4)
+        label = f"merged ({exported['budget']}), on test"
+        _interval(axes, x, after["accuracy"], after, ("C1", "*", "full"), label)
     _trial_dots(axes, trials)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     axes.legend(handles.values(), handles, loc="lower left")
 
 
 def _trial_dots(axes: Any, trials: Sequence[tuple[float, float]]) -> None:
-    """Draw the trials without letting the worst of them squeeze the rest."""
+    """Draw the trials, but do not let the worst of them squeeze the rest: those are only counted."""
     low, high = axes.get_ylim()
-    low -= 0.5 * (high - low)
-    below = sum(100 * y < low for _, y in trials)
-    label = f"trial ({below} more below)" if below else "trial"
-    if trials:
-        axes.scatter([x for x, _ in trials], [100 * y for _, y in trials], s=14, color="C3", linewidth=0, label=label)
-    axes.set_ylim(max(low, min([100 * y for _, y in trials], default=low) - 0.1 * (high - low)), None)
+    shown = [(x, 100 * y) for x, y in trials if 100 * y > low - 0.5 * (high - low)]
+    left_out = len(trials) - len(shown)
+    label = f"trial, on val ({left_out} more below)" if left_out else "trial, on val"
+    if shown:
+        axes.scatter([x for x, _ in shown], [y for _, y in shown], s=14, color="C3", linewidth=0, label=label)
 
 
 def _interval(
-    axes: Any, x: float, y: float, ends: Mapping[str, float], marker: str, fill: str, colour: str, label: str,
-    offset: float = 0,
-) -> None:  # fmt: skip
-    """Draw a point with its interval, a few typographic points beside its place where two would cover each other."""
-    place = axes.transData + ScaledTranslation(offset / 72, 0, axes.figure.dpi_scale_trans)
-    axes.errorbar(
-        [x], [100 * y], yerr=[[100 * (y - ends["low"])], [100 * (ends["high"] - y)]], marker=marker, fillstyle=fill,
-        color=colour, markersize=11 if marker == "*" else 6.5, elinewidth=1.2, linestyle="none", label=label, zorder=3,
-        transform=place,
-    )  # fmt: skip
+    axes: Any, x: float, y: float, ends: Mapping[str, float], look: tuple[str, str, str], label: str, offset: int = 0
+) -> None:
+    """Draw a point with its interval, moved aside by some typographic points where two would cover each other."""
+    colour, marker, fill = look
+    low, high = 100 * ends["low"], 100 * ends["high"]
+    beside = axes.transData + ScaledTranslation(offset / 72, 0, axes.figure.dpi_scale_trans)
+    axes.plot([x, x], [low, high], color=colour, linewidth=1.2, transform=beside)
+    size = 11 if marker == "*" else 6.5
+    axes.plot(
+        x, 100 * y, marker, color=colour, fillstyle=fill, markersize=size, label=label, transform=beside, zorder=3
+    )
+    # With a transform of its own it does not count for the limits.
+    axes.update_datalim([(x, low), (x, high)])
+    axes.autoscale_view()
 
 
 def recovery(figure: Figure, trials: Sequence[Finished], dense: float | None) -> None:
@@ -244,18 +235,17 @@ def recovery(figure: Figure, trials: Sequence[Finished], dense: float | None) ->
         style = "-" if cell.n_attn > cell.n_act else "--" if cell.n_attn < cell.n_act else "-."
         first = np.nan if trial.removed_accuracy is None else trial.removed_accuracy
         values = 100 * np.array([first, *trial.accuracies])
-        axes.plot(
-            values, style, color=colours(norm(cell.total)), marker="o", markersize=3.5, linewidth=1.4, clip_on=False
-        )
+        axes.plot(values, style, color=colours(norm(cell.total)), marker="o", markersize=3.5, linewidth=1.4)
     epochs = max(len(trial.accuracies) for trial in trials)
-    axes.set_xticks(range(epochs + 1), ["right after\nremoval", *map(str, range(1, epochs + 1))])
+    ticks = range(0, epochs + 1, 1 + epochs // 12)
+    axes.set_xticks(ticks, ["right after\nremoval", *map(str, ticks[1:])])
     axes.set_xlabel("epoch")
     axes.set_ylabel("accuracy on val, %")
     _dense_line(axes, dense)
     styles = {"more attentions removed": "-", "as many of each": "-.", "more activations removed": "--"}
-    handles = [Line2D([], [], linestyle=style, color=_ink(), linewidth=1.2) for style in styles.values()]
+    handles = [Line2D([], [], linestyle=style, color="C4", linewidth=1.2) for style in styles.values()]
     axes.legend(handles, styles, loc="lower right")
-    _bar(figure, matplotlib.cm.ScalarMappable(norm, colours), axes, "units", "neither")
+    _bar(axes, matplotlib.cm.ScalarMappable(norm, colours), "units", height=0.7)
 
 
 def _dense_line(axes: Any, dense: float | None) -> None:
@@ -270,11 +260,11 @@ def _dense_line(axes: Any, dense: float | None) -> None:
 def finetune(figure: Figure, epochs: Sequence[Mapping[str, Any]], dense: float | None) -> None:
     """Draw the long fine-tune: accuracy on val and training loss after every epoch."""
     panels = figure.subplots(1, 2, width_ratios=(1, 0.6))
-    numbers = [epoch["epoch"] for epoch in epochs]
+    look = {"color": "C0", "marker": "o" if len(epochs) < 40 else "", "markersize": 4}
     titles = ("accuracy on val, %", "training loss")
     for axes, title, key, scale in zip(panels, titles, ("accuracy", "loss"), (100, 1), strict=True):
         axes.grid(True, axis="y")
-        axes.plot(numbers, [scale * epoch[key] for epoch in epochs], color="C0", marker="o", markersize=4)
+        axes.plot([epoch["epoch"] for epoch in epochs], [scale * epoch[key] for epoch in epochs], **look)
         axes.set_title(title)
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -112,7 +112,7 @@ def write_report(store: RunStore) -> str:
         loader=PackageLoader("dpt_search", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {f.__name__: f for f in (percent, points, times, date, cell, duration)}
+    environment.filters |= {f.__name__: f for f in (percent, points, times, date, counts, cell, duration)}
     page = environment.get_template("report.html.jinja").render(
         found=found,
         headline=headline(found),
@@ -130,12 +130,12 @@ def write_report(store: RunStore) -> str:
 
 def percent(value: float | None, digits: int = 1) -> str:
     """Write a fraction as per cent; a dash where there is none."""
-    return "–" if value is None else f"{100 * value:.{digits}f} %".replace("-", "−")
+    return "–" if value is None else f"{100 * value:.{digits}f}\u00a0%".replace("-", "−")
 
 
-def points(value: float) -> str:
+def points(value: float, digits: int = 1) -> str:
     """Write a difference of fractions in points, with its sign."""
-    return f"{100 * value:+.1f}".replace("-", "−")
+    return f"{100 * value:+.{digits}f}".replace("-", "−")
 
 
 def times(value: float) -> str:
@@ -146,6 +146,13 @@ def times(value: float) -> str:
 def date(seconds: float) -> str:
     """Write a time since the epoch as a date, in UTC."""
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
+
+
+def counts(plan: str) -> str:
+    """Write how much a plan's text form removes."""
+    removed = PruningPlan.parse(plan).cell
+    attentions = f"{removed.n_attn} attention{'s' * (removed.n_attn != 1)}"
+    return f"{attentions} and {removed.n_act} activation{'s' * (removed.n_act != 1)}"
 
 
 def cell(plan: str) -> str:
@@ -162,9 +169,8 @@ def headline(found: Found) -> str:
         word = "lost" if lost >= 0 else "gained"
         ends = sorted((low, high) if lost >= 0 else (-low, -high))
         interval = " to ".join(f"{100 * end:.1f}" for end in ends).replace("-", "−")
-        return (
-            f"{_speed(timing[batch]['speedup'], batch)}, {abs(100 * lost):.1f} points {word} (95 % interval {interval})"
-        )
+        accuracy = f"{abs(100 * lost):.1f} points {word} (95\u00a0% interval {interval})"
+        return f"{_speed(timing[batch]['speedup'], batch)}, {accuracy}"
     row = found.chosen
     if row is None:
         return "No result yet"
@@ -249,19 +255,19 @@ def drawings(found: Found) -> dict[str, tuple[Draw, tuple[float, float]]]:
     drawn: dict[str, tuple[Draw, tuple[float, float]]] = {}
     if found.recommendation:
         draw = partial(plots.surface, found=found.recommendation["surface"], trials=found.finished, rows=found.rows)
-        drawn["surface"] = draw, (9.0, 4.4)
+        drawn["surface"] = draw, (9.0, 4.8)
     batch, trials = speedups(found)
     if batch:
         frontier = partial(plots.tradeoff, batch=batch, trials=trials, dense=found.dense, exported=found.export)
-        drawn["tradeoff"] = partial(frontier, rows=found.rows), (7.6, 4.4)
+        drawn["tradeoff"] = partial(frontier, rows=found.rows), (9.0, 4.8)
     if found.finished:
-        drawn["recovery"] = partial(plots.recovery, trials=found.finished, dense=dense), (7.6, 4.2)
+        drawn["recovery"] = partial(plots.recovery, trials=found.finished, dense=dense), (9.0, 4.4)
     if found.finetune and found.finetune["epochs"]:
-        drawn["finetune"] = partial(plots.finetune, epochs=found.finetune["epochs"], dense=dense), (7.6, 3.2)
+        drawn["finetune"] = partial(plots.finetune, epochs=found.finetune["epochs"], dense=dense), (9.0, 3.2)
     if found.plan and found.ranking:
         ranking = Ranking(tuple(found.ranking["attn"]), tuple(found.ranking["act"]))
         blocks = partial(plots.plan, ranking=ranking, importance=found.ranking["importance"])
-        drawn["plan"] = partial(blocks, removed=PruningPlan.parse(found.plan)), (7.6, 1.7)
+        drawn["plan"] = partial(blocks, removed=PruningPlan.parse(found.plan)), (9.0, 1.9)
     return drawn
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dpt_search.config import RunConfig, check, check_same_run, identity
-from dpt_search.remote import call, ray_session
+from dpt_search.remote import call, ray_session, resources
 from dpt_search.store import BadRun, RunStore
 from trainables.settings import ModelSettings
 from trainables.tasks import Task
@@ -57,6 +57,11 @@ class Run:
         self.start_ray()
         devices = 0.0 if cpus == 0 else 1.0
         return call(self.config, target, *args, cpus=cpus, devices=devices, on_wait=on_wait)
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """Ray resources of one trial, or of one worker of the long fine-tune."""
+        return resources(self.config, self.config.cpus_per_trial, self.config.devices_per_trial)
 
     @property
     def model(self) -> ModelSettings:

@@ -6,24 +6,20 @@ dense -> profile -> rank -> search -> recommend -> finetune -> export -> report
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from dpt_search.config import BadConfig
 from dpt_search.costs_table import read_costs, write_costs
-from dpt_search.progress import EpochLines, TrialLines
-from dpt_search.recommend import Observation, recommend
-from dpt_search.run import Run, base_task, digest_of, identity_of
-from dpt_search.samplers import cell_of, make_sampler, params_of, search_space
-from dpt_search.store import BadRun, TrialLog
-from search_spaces.budgets import Budget
-from search_spaces.plan import PruningPlan, Ranking
-from search_spaces.ratios import Cell, RatioSpace
+from dpt_search.progress import EpochLines
+from dpt_search.run import Run, base_task, identity_of
+from dpt_search.search_stages import check_budgets, read_ranking, recommend_stage, search
+from dpt_search.store import BadRun
+from search_spaces.plan import PruningPlan
+from search_spaces.ratios import RatioSpace
 from trainables.settings import Recipe
-from trainables.tasks import ExportTask, FinetuneTask, ProfileTask, RankTask, TrialTask
+from trainables.tasks import ExportTask, FinetuneTask, ProfileTask, RankTask
 
 
 def dense(run: Run) -> None:
@@ -33,7 +29,7 @@ def dense(run: Run) -> None:
         config = run.config
         before = run.task() | {"model": config.model}
         units = run.call("trainables.dense_check:check_model", type(base_task(run))(**before))
-        _check_budgets(run, RatioSpace(len(units["attn"]), len(units["act"])))
+        check_budgets(run.config.budgets, RatioSpace(len(units["attn"]), len(units["act"])))
         if config.adapt.epochs:
             run.say(f"adapting the dense model for {config.adapt.epochs} epochs")
             _train(run, before, PruningPlan(), config.adapt, "dense", digest)
@@ -44,16 +40,8 @@ def dense(run: Run) -> None:
 
     run.stage("dense", identity_of(run.config), "dense/dense.json", work)
     found = run.store.read_json("dense/dense.json")
-    _check_budgets(run, RatioSpace(len(found["units"]["attn"]), len(found["units"]["act"])))
+    check_budgets(run.config.budgets, RatioSpace(len(found["units"]["attn"]), len(found["units"]["act"])))
     run.say(f"dense accuracy on val {found['accuracy']:.2%} (chance {found['chance']:.1%})")
-
-
-def _check_budgets(run: Run, space: RatioSpace) -> None:
-    for budget in run.config.budgets:
-        try:
-            budget.feasible(space)
-        except ValueError as error:
-            raise BadConfig(str(error)) from None
 
 
 def profile(run: Run) -> None:
@@ -87,130 +75,6 @@ def rank(run: Run) -> None:
     if run.stage("rank", identity_of(run.config), "ranking.json", work):
         ranking = read_ranking(run)
         run.say(f"least important first: attn {_listed(ranking.attn)}; act {_listed(ranking.act)}")
-
-
-def read_ranking(run: Run) -> Ranking:
-    """Return the run's ranking.
-
-    Raises:
-        BadRun: there is none yet.
-    """
-    found = run.store.read_json("ranking.json")
-    if found is None:
-        raise BadRun(f"no ranking in {run.store.location!r} yet: run `dpt-search rank` on it first")
-    return Ranking(tuple(found["attn"]), tuple(found["act"]))
-
-
-def search(run: Run) -> None:
-    """Run trials until there are enough of them."""
-    from dpt_search.tune_search import SearchPlan, run_search
-
-    config, ranking, log = run.config, read_ranking(run), TrialLog(run.store)
-    for name in log.broken:
-        run.say(f"warning: skipped an unreadable record of the trial log: {name}")
-    distributions = search_space(config.sampler, ranking.space, config.budgets)
-
-    def work(_: str) -> None:
-        if not log.unfinished and len(log.proposed) >= config.max_trials:
-            return
-        run.start_ray()
-        concurrent = _concurrent(run, ranking.space)
-        lines = TrialLines(run.say, log, config.max_trials, concurrent)
-        plan = SearchPlan(
-            name=config.sampler,
-            sampler=make_sampler(
-                config.sampler, ranking.space, config.budgets, seed=config.seed, cost=_trial_cost(run, ranking)
-            ),
-            distributions=distributions,
-            cell_of=lambda params: cell_of(params, ranking.space, config.budgets),
-            params_of=lambda cell: params_of(cell, config.sampler, ranking.space, config.budgets),
-            ranking=ranking,
-            seed=config.seed,
-            max_trials=config.max_trials,
-            max_failures=config.max_failures,
-            deadline=time.time() + 3600 * config.max_hours if config.max_hours else math.inf,
-        )
-        task = TrialTask(
-            **run.task(config.cpus_per_trial),
-            recipe=config.trial,
-            checkpoints=run.store.path("checkpoints"),
-            timeout=config.trial_timeout,
-        )
-        run_search(plan, log, task, _trial_resources(run), concurrent, lines.ended)
-        for name in run.store.names("checkpoints"):
-            run.store.delete(f"checkpoints/{name}")
-        log.compact()
-
-    inputs = [
-        run.store.read_json("ranking.json"), config.sampler, str(config.budget), config.max_trials, config.max_hours,
-        len(log.unfinished),
-    ]  # fmt: skip
-    run.stage("search", inputs, "ranking.json", work)
-
-
-def _trial_resources(run: Run) -> dict[str, float]:
-    from dpt_search.remote import resources
-
-    return resources(run.config, run.config.cpus_per_trial, run.config.devices_per_trial)
-
-
-def _trial_cost(run: Run, ranking: Ranking) -> Callable[[Cell], float]:
-    """Return MACs of a forward pass in training, where an activation's removal saves none: the layers merge later."""
-    costs = read_costs(run.store)
-    assert costs is not None
-    return lambda cell: costs.of(PruningPlan(attn=ranking.plan(cell).attn)).macs
-
-
-def _concurrent(run: Run, space: RatioSpace) -> int:
-    """Return the number of trials at a time: more than a quarter of the feasible cells would be random search."""
-    from dpt_search.remote import capacity
-
-    feasible = {cell for budget in run.config.budgets for cell in budget.feasible(space)}
-    held = capacity(_trial_resources(run))
-    return run.config.max_concurrent or max(1, min(held, len(feasible) // 4))
-
-
-def recommend_stage(run: Run) -> None:
-    """Decide, per budget, which cell is best by all that was observed."""
-    log = TrialLog(run.store)
-    done = [asdict(log.finished[n]) for n in sorted(log.finished)]
-
-    def work(_: str) -> None:
-        run.store.write_json("recommendation.json", decide(run, run.config.budgets))
-
-    inputs = [digest_of(done), str(run.config.budget), run.store.read_json("ranking.json"), _costs_digest(run)]
-    run.stage("recommend", inputs, "recommendation.json", work)
-
-
-def decide(run: Run, budgets: tuple[Budget, ...]) -> dict[str, Any]:
-    """Return recommendations and the whole surface from the trial log, with no training.
-
-    Raises:
-        BadRun: no trial has finished yet.
-        BadConfig: a budget is larger than the space.
-    """
-    ranking, log, costs = read_ranking(run), TrialLog(run.store), read_costs(run.store)
-    observations = [
-        Observation(PruningPlan.parse(f.plan), f.start, f.accuracy, f.cost)
-        for _, f in sorted(log.finished.items())
-        if f.accuracy is not None
-    ]
-    if not observations:
-        raise BadRun(f"no trial in {run.store.location!r} has finished yet: run `dpt-search search` on it first")
-    _check_budgets(run, ranking.space)
-    surface, found = recommend(ranking.space, budgets, observations)
-    rows = []
-    for each in found:
-        plan = ranking.plan(each.cell)
-        speedups = {str(b): costs.speedup(plan, b) for b in costs.dense.seconds} if costs is not None else {}
-        rows.append(
-            {
-                "budget": str(each.budget), "cell": [each.cell.n_attn, each.cell.n_act], "plan": str(plan),
-                "mean": each.mean, "sd": each.sd, "low": each.low, "high": each.high,
-                "probability_best": each.probability_best, "status": each.status, "speedup": speedups,
-            }
-        )  # fmt: skip
-    return {"budgets": rows, "surface": surface, "observations": len(observations)}
 
 
 def finetune(run: Run) -> None:
@@ -257,10 +121,10 @@ def _train(
     )  # fmt: skip
     lines = EpochLines(run.say, run.store, f"{folder}/progress.json", digest, recipe.epochs)
     result: dict[str, Any] = run.call(
-        "trainables.long_finetune:train_with_ray", task, _trial_resources(run), cpus=0, on_wait=lines.show
+        "trainables.long_finetune:train_with_ray", task, run.resources, cpus=0, on_wait=lines.show
     )
     lines.show()
-    for name in ("state.pt", "result.pt", "progress.json"):
+    for name in ("state.pt", "result.json", "progress.json"):
         run.store.delete(f"{folder}/{name}")
     return result
 
@@ -310,10 +174,6 @@ STAGES: dict[str, Callable[[Run], Any]] = {
     "report": report,
 }
 """Every stage by name, in order."""
-
-
-def _costs_digest(run: Run) -> str:
-    return digest_of(run.store.read("costs.parquet").hex()) if run.store.exists("costs.parquet") else ""
 
 
 def _listed(indices: tuple[int, ...]) -> str:

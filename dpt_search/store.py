@@ -95,9 +95,15 @@ class RunStore:
             location: path or pyarrow.fs URI; need not be there yet.
 
         Raises:
-            BadRun: its filesystem cannot be reached.
+            BadRun: its filesystem cannot be reached, or the URI has options.
         """
         self.location = location
+        if "://" in location and "?" in location:
+            # Names are put after it; the environment reaches every node's file system anyway.
+            raise BadRun(
+                f"run directory {location!r} has options after '?': leave them out and set them in the environment "
+                "(such as AWS_ENDPOINT_URL and AWS_REGION)"
+            )
         try:
             self._fs, self.root = resolve(location)
         except ValueError as error:
@@ -125,9 +131,8 @@ class RunStore:
         try:
             write_bytes(self.path(name), content)
         except OSError as error:
-            reason = error.strerror or str(error).splitlines()[0]
             raise BadRun(
-                f"cannot write to the run directory {self.location!r} ({reason}): choose another --run-dir"
+                f"cannot write to the run directory {self.location!r} ({_reason(error)}): choose another --run-dir"
             ) from None
 
     def read(self, name: str) -> bytes:
@@ -147,12 +152,16 @@ class RunStore:
         """Return plain data from JSON, or None when the file is not there.
 
         Raises:
-            BadRun: the file is not JSON.
+            BadRun: the file is not JSON, or the directory cannot be read.
         """
         try:
             return json.loads(self.read(name))
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise BadRun(
+                f"cannot read from the run directory {self.location!r} ({_reason(error)}): choose another --run-dir"
+            ) from None
         except ValueError:
             raise BadRun(f"{self.path(name)} is not readable JSON: remove it to have it made again") from None
 
@@ -173,6 +182,10 @@ class RunStore:
             self._fs.delete_file(f"{self.root}/{name}")
 
 
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error).splitlines()[0]
+
+
 class TrialLog:
     """The trials of a run: one immutable file per record, compacted every few hundred.
 
@@ -187,13 +200,21 @@ class TrialLog:
         self.proposed: dict[int, Proposed] = {}
         self.finished: dict[int, Finished] = {}
         self.broken: list[str] = []
-        names = store.names("trials")
-        # Compacted files first, so that a record's own file, if it is still there, has the last word.
-        for name in sorted(names, key=lambda n: (not n.startswith("compacted"), n)):
-            if name.endswith(".json"):
-                self._read(name)
+        # A file that went since it was listed was compacted by the driver: another file has its records now.
+        for _ in range(3):
+            if self._read_all():
+                break
 
-    def _read(self, name: str) -> None:
+    def _read_all(self) -> bool:
+        self.broken = []
+        names = [name for name in self._store.names("trials") if name.endswith(".json")]
+        # Compacted files first, so that a record's own file, if it is still there, has the last word.
+        names.sort(key=lambda n: (not n.startswith("compacted"), n))
+        gone = [name for name in names if not self._read(name)]
+        return not gone
+
+    def _read(self, name: str) -> bool:
+        """Read one file; return whether it was there."""
         try:
             value = json.loads(self._store.read(f"trials/{name}"))
             records = value["records"] if name.startswith("compacted") else [value]
@@ -201,16 +222,20 @@ class TrialLog:
                 self._add(record)
         except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
             self.broken.append(f"{name}: {type(error).__name__}")
+            return not isinstance(error, FileNotFoundError)
+        return True
 
     def _add(self, record: dict[str, Any]) -> None:
         if "status" in record:
-            finished = Finished(**record)
-            known = self.finished.get(finished.trial)
-            if known is None or known.time <= finished.time:
-                self.finished[finished.trial] = finished
+            self._end(Finished(**record))
         else:
             proposed = Proposed(**record)
             self.proposed[proposed.trial] = proposed
+
+    def _end(self, record: Finished) -> None:
+        known = self.finished.get(record.trial)
+        if known is None or known.time <= record.time:
+            self.finished[record.trial] = record
 
     def propose(self, record: Proposed) -> None:
         """Record a trial before it is submitted."""
@@ -219,7 +244,7 @@ class TrialLog:
 
     def finish(self, record: Finished) -> None:
         """Record a trial's end."""
-        self.finished[record.trial] = record
+        self._end(record)
         self._store.write_json(f"trials/{record.trial:06d}-finished-{record.time:.6f}.json", asdict(record))
 
     @property
@@ -243,8 +268,9 @@ class TrialLog:
         target = f"compacted-{len(done):06d}-{time.time():.0f}.json"
         self._store.write_json(f"trials/{target}", {"records": records})
         ended = {f"{n:06d}" for n in done}
+        kept = {target, *(each.partition(":")[0] for each in self.broken)}
         for name in names:
-            if name.startswith("compacted") or name.split("-")[0] in ended:
+            if name not in kept and (name.startswith("compacted") or name.split("-")[0] in ended):
                 self._store.delete(f"trials/{name}")
 
 

@@ -209,6 +209,7 @@ def run_search(
     Raises:
         SearchFailed: too many trials in a row failed.
     """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     search = RecordedSearch(plan, log, task, on_end)
     trainable = tune.with_resources(
         tune.with_parameters(PruningTrial, task=task), tune.PlacementGroupFactory([resources])

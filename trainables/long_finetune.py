@@ -18,7 +18,7 @@ from search_spaces.plan import PruningPlan
 from trainables.checkpoints import load_state, save_state
 from trainables.devices import DEVICES, describe
 from trainables.engine import Epoch, Training, evaluate
-from trainables.locations import write_bytes
+from trainables.locations import read_bytes, write_bytes
 from trainables.tasks import FinetuneTask
 from trainables.workspace import Workspace, versions
 
@@ -122,9 +122,7 @@ def train_with_ray(task: FinetuneTask, resources: dict[str, float]) -> dict[str,
             run_config=RunConfig(name="finetune", storage_path=scratch, failure_config=FailureConfig(max_failures=3)),
         )
         trainer.fit()
-    result = load_state(f"{task.folder}/result.pt")
-    if result is None:
-        raise RuntimeError("the fine-tune ended without a result")
+    result: dict[str, Any] = json.loads(read_bytes(task.result))
     return result
 
 
@@ -136,7 +134,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     rank = train.get_context().get_world_rank()
     result = finetune(task, train.report, rank=rank, wrap=_distributed if task.workers > 1 else lambda model: model)
     if rank == 0:
-        save_state(f"{task.folder}/result.pt", result)
+        write_bytes(task.result, json.dumps(result).encode())
 
 
 def _distributed(model: torch.nn.Module) -> torch.nn.Module:

@@ -92,6 +92,11 @@ class FinetuneTask(Task):
         return f"{self.folder}/progress.json"
 
     @property
+    def result(self) -> str:
+        """Where worker 0 leaves the result for the driver."""
+        return f"{self.folder}/result.json"
+
+    @property
     def weights(self) -> str:
         """Where the result's weights go: unmerged, safetensors."""
         return f"{self.folder}/model.safetensors"

@@ -78,4 +78,4 @@ class Workspace:
 
 def versions() -> dict[str, str]:
     """Return the versions that a figure depends on."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "timm": timm.__version__}

@@ -1,0 +1,98 @@
+"""What all tests share: one thread, reproducible properties, a tiny model and tiny learnable data."""
+
+import io
+import os
+from pathlib import Path
+
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
+
+import hypothesis
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from trainables.settings import DataSettings, ModelSettings
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile(
+    "dpt-search",
+    derandomize=True,
+    deadline=None,
+    max_examples=40,
+    print_blob=True,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("dpt-search")
+
+CLASSES = 3
+SIDE = 28
+IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def tiny_image(label: int, rng: np.random.Generator) -> Image.Image:
+    """Draw a noisy grey image whose bright horizontal band tells its class."""
+    pixels = rng.integers(0, 120, (SIDE, SIDE))
+    pixels[label * 9 : label * 9 + 9] += 110
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def encoded(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def write_table(path: Path, count: int, *, seed: int = 0, classes: int = CLASSES) -> np.ndarray:
+    """Write a Parquet table in the Hugging Face image layout and return its labels."""
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(count) % classes)
+    rows = [{"bytes": encoded(tiny_image(int(label) % CLASSES, rng)), "path": None} for label in labels]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"image": pa.array(rows, IMAGE_TYPE), "label": pa.array(labels, pa.int64())}), path)
+    return labels
+
+
+def write_image_folder(root: Path, names: tuple[str, ...], per_class: int, *, seed: int = 0) -> None:
+    """Write one folder of PNG files a class."""
+    rng = np.random.default_rng(seed)
+    for label, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for index in range(per_class):
+            tiny_image(label, rng).save(root / name / f"{index:03d}.png")
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModelSettings:
+    """A ViT of four narrow blocks, with random weights."""
+    kwargs = {"img_size": SIDE, "patch_size": 7, "in_chans": 1, "embed_dim": 32, "depth": 4, "num_heads": 2}
+    return ModelSettings("vit_tiny_patch16_224", {**kwargs, "num_classes": CLASSES})
+
+
+@pytest.fixture(scope="session")
+def table_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one Parquet file a split; never written to by a test."""
+    folder = tmp_path_factory.mktemp("table")
+    for seed, (split, count) in enumerate({"train": 192, "probe": 24, "val": 48, "test": 60}.items()):
+        write_table(folder / f"{split}.parquet", count, seed=seed)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(table_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> DataSettings:
+    """The tiny table, with a cache that all tests share."""
+    cache = str(tmp_path_factory.mktemp("cache"))
+    return DataSettings(str(table_folder), mean=[0.4], std=[0.25], crop_pct=1.0, subset=96, cache_dir=cache)
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """A folder of PNG files, one folder a class."""
+    root = tmp_path / "pictures"
+    write_image_folder(root, ("bag", "coat", "shoe"), 8)
+    return root

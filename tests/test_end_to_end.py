@@ -1,0 +1,236 @@
+"""The program as a user runs it: real Ray, real images, real training, small numbers."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from dpt_search.store import RunStore, TrialLog
+from trainables.locations import resolve
+
+EMBEDDED = Path(resolve("package:dpt_search/embedded/fashion_mnist")[1])
+SIZES = {"train": 640, "probe": 100, "val": 300, "test": 300}
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory) -> Path:
+    """A folder with a small part of the embedded images and a configuration for it."""
+    folder = tmp_path_factory.mktemp("small")
+    for split, size in SIZES.items():
+        table = pq.read_table(EMBEDDED / f"{split}.parquet")
+        labels = table["label"].to_numpy()
+        chosen = np.concatenate([np.flatnonzero(labels == k)[: size // 10] for k in range(10)])
+        pq.write_table(table.take(pa.array(np.sort(chosen))), folder / f"{split}.parquet")
+    config = yaml.safe_load((EMBEDDED / "run.yaml").read_text())
+    config["data"] |= {"path": str(folder), "subset": 320, "cache_dir": str(folder / "cache")}
+    config |= {"max_trials": 4, "max_concurrent": 1, "timing_seconds": 1.0, "rank_batches": 2, "finetune_workers": 1}
+    config["trial"] |= {"epochs": 2, "batch_size": 32}
+    config["finetune"] |= {"epochs": 2, "batch_size": 32}
+    del config["run_dir"]
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "dpt_search", *map(str, arguments)]
+
+
+def dpt_search(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), capture_output=True, text=True)
+
+
+def outcomes(run: Path) -> list[tuple[str, list[float]]]:
+    log = TrialLog(RunStore(str(run)))
+    return [(log.finished[n].plan, log.finished[n].accuracies) for n in sorted(log.finished)]
+
+
+@pytest.fixture(scope="module")
+def finished(small, tmp_path_factory) -> tuple[Path, str]:
+    """A finished run, and what it printed."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    done = dpt_search("run", "--config", small / "run.yaml", "--run-dir", run)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return run, done.stdout
+
+
+class TestAFinishedRun:
+    def test_says_what_came_out(self, finished):
+        run, printed = finished
+        for words in ("accuracy on test", "parameters", "speed at batch 64", "units=8", str(run / "report.html")):
+            assert words in printed
+
+    def test_left_everything_it_promised(self, finished):
+        run, _ = finished
+        for name in ("run.json", "costs.parquet", "ranking.json", "recommendation.json", "report.html"):
+            assert (run / name).stat().st_size > 0
+        for name in ("model.safetensors", "plan.json", "summary.json"):
+            assert (run / "export" / name).stat().st_size > 0
+        assert not (run / "lease.json").exists()
+        assert not list((run / "checkpoints").iterdir())
+
+    def test_logged_every_trial_before_it_ran(self, finished):
+        log = TrialLog(RunStore(str(finished[0])))
+        assert sorted(log.proposed) == sorted(log.finished) == [0, 1, 2, 3]
+        for number, proposed in log.proposed.items():
+            record = log.finished[number]
+            assert proposed.plan == record.plan
+            assert proposed.time < record.time
+            assert proposed.seen == number
+            assert len(record.accuracies) == 2
+            assert record.cost > 0
+
+    def test_merged_model_is_smaller_and_loads(self, finished):
+        summary = json.loads((finished[0] / "export" / "summary.json").read_text())
+        assert summary["merged"]["params"] < summary["dense"]["params"]
+        assert summary["merged"]["macs"] < summary["dense"]["macs"]
+        code = (
+            "import dpt_search, torch\n"
+            f"model = dpt_search.load_pruned({str(finished[0] / 'export')!r})\n"
+            "assert not model.training\n"
+            "print(tuple(model(torch.zeros(2, 1, 28, 28)).shape))\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.stdout.strip() == "(2, 10)", done.stderr
+
+    def test_a_second_start_repeats_nothing(self, finished):
+        run, _ = finished
+        before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.suffix in (".safetensors", ".parquet")}
+        records = sorted(p.name for p in (run / "trials").iterdir())
+        done = dpt_search("run", "--run-dir", run)
+        assert done.returncode == 0, done.stderr
+        for stage in ("dense", "profile", "rank", "search", "recommend", "finetune", "export"):
+            assert f"{stage}: already done" in done.stdout
+        assert "starting Ray" not in done.stdout
+        assert {p: p.stat().st_mtime_ns for p in before} == before
+        assert sorted(p.name for p in (run / "trials").iterdir()) == records
+
+    def test_resolve_answers_another_budget_at_once(self, finished):
+        start = time.monotonic()
+        done = dpt_search("resolve", finished[0], "--budget", "units=5,9")
+        assert done.returncode == 0, done.stderr
+        assert time.monotonic() - start < 15
+        assert re.search(r"units=5 +\(\d+,\d+\)", done.stdout)
+        assert "units=9" in done.stdout
+
+    def test_another_model_is_refused_naming_the_field(self, finished):
+        done = dpt_search("run", "--run-dir", finished[0], "--model.name", "deit_tiny_patch16_224")
+        assert done.returncode == 2
+        assert "model.name" in done.stderr
+        assert done.stderr.count("\n") == 1
+
+    def test_the_test_split_is_read_by_the_export_alone(self, finished):
+        """The cache has one file a split: test is there only once the export has run."""
+        _, printed = finished
+        assert printed.index("search:") < printed.index("merged and unmerged logits")
+
+
+def test_the_same_serial_run_gives_the_same_trials_and_more_trials_go_on(finished, small, tmp_path):
+    """The second run is killed twice on its way, in the middle of a trial and between two."""
+    first, again = finished[0], tmp_path / "again"
+    again.mkdir()
+    (again / "costs.parquet").write_bytes((first / "costs.parquet").read_bytes())
+    start = command("search", again, "--config", small / "run.yaml")
+    for verb in ("dense", "profile", "rank"):
+        done = dpt_search(verb, again, "--config", small / "run.yaml")
+        assert done.returncode == 0, done.stderr
+    killed_when(start, lambda: (again / "checkpoints" / "000000.pt").exists())
+    assert not TrialLog(RunStore(str(again))).finished
+    killed_when(start, lambda: len(TrialLog(RunStore(str(again))).finished) >= 2)
+    done = subprocess.run(start, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert outcomes(again) == outcomes(first)
+    assert dpt_search("search", again, "--max-trials", 5).returncode == 0
+    assert outcomes(again)[:4] == outcomes(first)
+    assert len(outcomes(again)) == 5
+    done = dpt_search("recommend", again, "--budget", "units=3,8")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((again / "recommendation.json").read_text())
+    assert [row["budget"] for row in found["budgets"]] == ["units=3", "units=8"]
+
+
+def killed_when(start: list[str], condition) -> None:
+    """Start a driver, and kill -9 it, and all it started, once the condition holds."""
+    driver = subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        for _ in range(1200):
+            if condition():
+                return
+            assert driver.poll() is None, "the driver ended before it could be killed"
+            time.sleep(0.05)
+        raise AssertionError("the condition never held")
+    finally:
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+
+
+def test_a_killed_fine_tune_goes_on_from_its_last_epoch(finished, tmp_path):
+    import shutil
+
+    again = tmp_path / "again"
+    shutil.copytree(finished[0], again)
+    for name in ("finetune", "export"):
+        shutil.rmtree(again / name)
+    start = command("finetune", again)
+    killed_when(start, lambda: (again / "finetune" / "progress.json").exists())
+    first_state = (again / "finetune" / "state.pt").stat().st_mtime_ns
+    done = subprocess.run(start, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "going on after epoch 1" in done.stdout
+    assert first_state
+
+    def epochs(run: Path) -> list[tuple[float, float]]:
+        found = json.loads((run / "finetune" / "finetune.json").read_text())
+        return [(epoch["loss"], epoch["accuracy"]) for epoch in found["epochs"]]
+
+    assert epochs(again) == epochs(finished[0])
+
+
+def test_a_loss_that_is_not_finite_fails_every_trial_and_the_search_says_so(finished, tmp_path):
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(finished[0], broken, ignore=shutil.ignore_patterns("trials", "finetune", "export"))
+    recorded = json.loads((broken / "run.json").read_text())
+    recorded["config"]["trial"]["lr"] = 1e30
+    (broken / "run.json").write_text(json.dumps(recorded))
+    done = dpt_search("search", broken, "--max-failures", 2)
+    assert done.returncode == 1
+    assert "2 trials in a row failed" in done.stderr
+    assert "not finite" in done.stderr
+    log = TrialLog(RunStore(str(broken)))
+    assert {record.status for record in log.finished.values()} == {"failed"}
+    assert all(record.error for record in log.finished.values())
+
+
+def test_a_random_model_is_refused_before_anything_is_paid_for(small, tmp_path):
+    done = dpt_search("run", "--config", small / "run.yaml", "--run-dir", tmp_path / "run", "--model.checkpoint", "")
+    assert done.returncode == 2
+    assert "chance" in done.stderr
+    assert not (tmp_path / "run" / "trials").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model.name", "vit_nonsense"], "vit_nonsense"),
+        (["--data.path", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--budget", "units=400"], "at most units=24"),
+    ],
+)
+def test_what_only_a_worker_can_see_is_one_line_too(small, tmp_path, flags, words):
+    done = dpt_search("run", "--config", small / "run.yaml", "--run-dir", tmp_path / "run", *flags)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1

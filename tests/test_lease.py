@@ -1,0 +1,168 @@
+"""One writer a run directory: a second one is refused by name, and nobody waits for the dead."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dpt_search import lease
+from dpt_search.lease import Lease
+from dpt_search.store import BadRun, RunStore
+
+HOLD = """
+import sys
+from dpt_search.lease import Lease
+from dpt_search.store import RunStore
+with Lease(RunStore(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> RunStore:
+    return RunStore(str(tmp_path / "run"))
+
+
+@pytest.fixture
+def other(store: RunStore) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the run until its stdin is closed."""
+    root = Path(__file__).parent.parent
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, store.location], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def write_holder(store: RunStore, **values: object) -> None:
+    now = time.time()
+    holder = {"id": "other", "host": socket.gethostname(), "pid": os.getpid(), "started": now, "heartbeat": now}
+    store.write_json(Lease.NAME, {**holder, **values})
+
+
+def test_a_second_driver_is_refused_and_told_who_holds_the_run(store: RunStore, other: "subprocess.Popen[str]") -> None:
+    with pytest.raises(BadRun) as caught, Lease(store):
+        pass
+    message = str(caught.value)
+    assert f"process {other.pid} on {socket.gethostname()}" in message
+    assert "another --run-dir" in message
+    assert "\n" not in message
+    assert store.read_json(Lease.NAME)["pid"] == other.pid
+
+
+def test_the_run_is_free_once_its_driver_has_ended(store: RunStore, other: "subprocess.Popen[str]") -> None:
+    other.communicate(timeout=30)
+    assert store.read_json(Lease.NAME) is None
+    with Lease(store):
+        assert store.read_json(Lease.NAME)["pid"] == os.getpid()
+
+
+def test_the_run_of_a_killed_driver_of_this_host_is_free_at_once(
+    store: RunStore, other: "subprocess.Popen[str]"
+) -> None:
+    other.kill()
+    other.wait(timeout=30)
+    assert store.read_json(Lease.NAME)["pid"] == other.pid
+    with Lease(store):
+        assert store.read_json(Lease.NAME)["pid"] == os.getpid()
+
+
+def test_a_driver_on_another_host_is_believed_while_its_heart_beats(store: RunStore) -> None:
+    write_holder(store, host="elsewhere", pid=2**22 + 1)
+    with pytest.raises(BadRun, match=f"process {2**22 + 1} on elsewhere"), Lease(store):
+        pass
+
+
+@pytest.mark.parametrize("host", [socket.gethostname(), "elsewhere"])
+def test_a_lease_without_a_heartbeat_for_long_is_taken_over(store: RunStore, host: str) -> None:
+    write_holder(store, host=host, heartbeat=time.time() - lease.STALE_SECONDS - 1)
+    with Lease(store):
+        holder = store.read_json(Lease.NAME)
+        assert (holder["pid"], holder["host"]) == (os.getpid(), socket.gethostname())
+    assert not store.exists(Lease.NAME)
+
+
+def test_a_refused_driver_leaves_the_holders_lease_as_it_was(store: RunStore) -> None:
+    write_holder(store, host="elsewhere")
+    before = store.read(Lease.NAME)
+    with pytest.raises(BadRun), Lease(store):
+        pass
+    assert store.read(Lease.NAME) == before
+
+
+def test_the_heart_beats_while_the_run_is_held_and_stops_after(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.01)
+    with Lease(store):
+        first = store.read_json(Lease.NAME)
+        deadline = time.monotonic() + 20
+        while store.read_json(Lease.NAME)["heartbeat"] == first["heartbeat"]:
+            assert time.monotonic() < deadline, "no heartbeat"
+            time.sleep(0.01)
+        assert store.read_json(Lease.NAME)["started"] == first["started"]
+    time.sleep(0.05)
+    assert not store.exists(Lease.NAME)
+
+
+def test_the_heart_goes_on_after_a_beat_that_could_not_be_written(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.01)
+    with Lease(store):
+        first, write, failures = store.read_json(Lease.NAME), store.write, []
+
+        def fails_twice(name: str, content: bytes) -> None:
+            if len(failures) < 2:
+                failures.append(name)
+                raise BadRun("no space left")
+            write(name, content)
+
+        store.write = fails_twice  # type: ignore[method-assign]
+        deadline = time.monotonic() + 20
+        while store.read_json(Lease.NAME)["heartbeat"] == first["heartbeat"]:
+            assert time.monotonic() < deadline, "the heart stopped"
+            time.sleep(0.01)
+        assert len(failures) == 2
+
+
+def test_a_driver_that_slept_does_not_take_the_run_back_from_its_next_holder(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.01)
+    with Lease(store):
+        # Another driver found the lease stale and took it; a beat that was under way may come after it once.
+        for _ in range(2):
+            write_holder(store, host="elsewhere")
+            time.sleep(0.1)
+        assert store.read_json(Lease.NAME)["host"] == "elsewhere"
+    assert store.read_json(Lease.NAME)["host"] == "elsewhere"
+
+
+def test_of_two_drivers_that_start_at_once_one_gives_way(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = Lease(store)
+    write = store.write
+
+    def overtaken(name: str, content: bytes) -> None:
+        write(name, content)
+        write(name, json.dumps({**json.loads(content), "id": "other"}).encode())
+
+    monkeypatch.setattr(store, "write", overtaken)
+    with pytest.raises(BadRun, match="another driver took the run directory"), ours:
+        pass
+    assert store.read_json(Lease.NAME)["id"] == "other"
+
+
+def test_an_error_in_the_run_releases_it(store: RunStore) -> None:
+    with pytest.raises(KeyboardInterrupt), Lease(store):
+        raise KeyboardInterrupt
+    assert not store.exists(Lease.NAME)

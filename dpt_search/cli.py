@@ -92,12 +92,15 @@ def _stage(verb: str) -> Callable[[list[str]], int]:
 
 def _do(config: Any, stages: list[str]) -> None:
     """Run stages under the run directory's lease, and end with the result as it stands."""
+    from dpt_search.config import check
     from dpt_search.lease import Lease
     from dpt_search.run import open_run
     from dpt_search.stages import STAGES
     from dpt_search.store import RunStore
     from dpt_search.summary import result_table, stage_times
 
+    # Before the lease, so that a wrong value leaves no directory behind.
+    check(config)
     with Lease(RunStore(config.run_dir)), open_run(config, say) as run:
         say(f"run directory {run.store.root if run.store.is_local else config.run_dir}")
         for name in stages:

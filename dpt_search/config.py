@@ -108,14 +108,14 @@ def check(config: RunConfig) -> None:
     if bool(config.data.path) == bool(config.data.factory):
         raise BadConfig("give either data.path or data.factory")
     try:
-        if config.finetune_budget and config.chosen_budget not in config.budgets:
-            raise BadConfig(f"finetune_budget {config.finetune_budget!r} is not one of budget {config.budget!r}")
+        if config.chosen_budget not in config.budgets:
+            raise BadConfig(
+                f"finetune_budget {config.finetune_budget!r} is not one of budget {config.budget!r}: name one "
+                "of them, or leave it empty for the largest"
+            )
     except ValueError as error:
         raise BadConfig(str(error)) from None
-    for name, low in _LOWEST.items():
-        value = _flat(asdict(config))[name]
-        if value < low:
-            raise BadConfig(f"{name} is {value}, but must be at least {low}")
+    _check_numbers(config)
     if any(batch < 1 for batch in config.timing_batches) or not config.timing_batches:
         raise BadConfig("timing_batches needs at least one batch size, each at least 1")
     if config.model.new_head and not config.adapt.epochs:
@@ -136,29 +136,32 @@ def _check_recipes(config: RunConfig) -> None:
         raise BadConfig("finetune.batch_size must be a multiple of finetune_workers")
 
 
+def _check_numbers(config: RunConfig) -> None:
+    for name, value in _flat(asdict(config)).items():
+        if not isinstance(value, int | float):
+            continue
+        low = _LOWEST.get(name, 0)
+        if not value >= low:
+            raise BadConfig(f"{name} is {value}, but must be at least {low}")
+        if name.rpartition(".")[2] in _SHARES and value > 1:
+            raise BadConfig(f"{name} is {value}, but must be at most 1")
+
+
 _LOWEST: dict[str, float] = {
     "max_trials": 1,
-    "max_hours": 0,
-    "trial_timeout": 0,
-    "max_concurrent": 0,
     "max_failures": 1,
     "cpus_per_trial": 1,
     "devices_per_trial": 0.01,
     "finetune_workers": 1,
     "rank_batches": 1,
-    "timing_seconds": 0,
-    "data.subset": 0,
-    "data.val_limit": 0,
-    "data.workers": 0,
-    "trial.epochs": 1,
-    "finetune.epochs": 1,
-    "adapt.epochs": 0,
-    "trial.batch_size": 1,
-    "finetune.batch_size": 1,
-    "adapt.batch_size": 1,
-    "trial.lr": 0,
-    "finetune.lr": 0,
+    **{f"{recipe}.epochs": 1 for recipe in ("trial", "finetune")},
+    **{f"{recipe}.batch_size": 1 for recipe in ("adapt", "trial", "finetune")},
+    **{f"{recipe}.temperature": 0.01 for recipe in ("adapt", "trial", "finetune")},
 }
+"""Smallest values; of a number that is not here, 0."""
+
+_SHARES = ("label_smoothing", "drop_path", "ema", "distillation_alpha", "random_erasing", "crop_scale", "hflip")
+"""Fields of a recipe that are probabilities or weights."""
 
 
 def identity(config: RunConfig) -> dict[str, Any]:

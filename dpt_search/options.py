@@ -28,6 +28,9 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Leave with exit code 2."""
         text = re.sub(r"\s+", " ", message).strip()
+        text = re.sub(r"(?<![\w-])--[\w.]+", lambda m: m[0].replace("_", "-"), text)
+        text = re.sub(r"Expected a <class '(\w+)'>", r"expected \1", text)
+        text = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"expected one of \1", text)
         text = re.sub(r'Parser key "([\w.]+)": ', lambda m: f"--{m[1].replace('_', '-')}: ", text)
         raise BadConfig(f"{text} (see {self.prog} --help)")
 
@@ -118,7 +121,7 @@ def _with_base(argv: list[str], verb: str) -> list[str]:
     named = {argument[2:].partition("=")[0].split(".")[0] for argument in argv if argument.startswith("--")}
     if "config" in named:
         return argv
-    directory = _value(argv, "run_dir") if verb == "run" else next((a for a in argv if not a.startswith("-")), None)
+    directory = _value(argv, "run_dir") if verb == "run" else _positional(argv)
     recorded = RunStore(directory).read_json("run.json") if directory else None
     if recorded is not None:
         return [f"--config={json.dumps(recorded['config'])}", *argv]
@@ -133,6 +136,16 @@ def _value(argv: list[str], name: str) -> str | None:
             return argv[position + 1]
         if argument.startswith(f"--{name}="):
             return argument.partition("=")[2]
+    return None
+
+
+def _positional(argv: list[str]) -> str | None:
+    """Return the first argument that is neither an option nor the value of one; every option has a value."""
+    position = 0
+    while position < len(argv):
+        if not argv[position].startswith("-"):
+            return argv[position]
+        position += 1 if "=" in argv[position] else 2
     return None
 
 

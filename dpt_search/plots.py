@@ -12,7 +12,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.colors import ListedColormap, Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch
@@ -31,8 +31,11 @@ _PAPERS: dict[str, dict[str, Any]] = {
     "light": {"ink": "#22262b", "quiet": "#8a929b", "paper": "#ffffff", "cycle": ["#0072B2", "#D55E00", "#009E73"]},
     "dark": {"ink": "#dfe3e8", "quiet": "#8a929b", "paper": "#1b1f24", "cycle": ["#56B4E9", "#E69F00", "#2fc79b"]},
 }
-# Colour, marker and fill.
-_LOOKS = {"predicted": ("C0", "o", "none"), "observed": ("C0", "o", "full"), "confirmed": ("C0", "D", "full")}
+_LOOKS: dict[str, dict[str, Any]] = {
+    "predicted": {"color": "C0", "marker": "o", "fillstyle": "none"},
+    "observed": {"color": "C0", "marker": "o"},
+    "confirmed": {"color": "C0", "marker": "D"},
+}
 _KIND_NAMES = {"attn": "attention", "act": "activation"}
 
 
@@ -86,19 +89,21 @@ def surface(
     """
     wide, narrow = figure.subplots(1, 2, width_ratios=(1, 0.52))
     mean, sd = 100 * np.asarray(found["mean"]), 100 * np.asarray(found["sd"])
-    # The cliffs at the ends would eat the colours; what matters is the upper part.
-    low = max(float(mean.min()), float(np.median(mean)) - 2.0 * float(mean.max() - np.median(mean)))
-    norm = Normalize(low, float(mean.max()))
+    # The cliffs at the ends would eat the colours; what matters is where the recommendations are.
+    top, bottom = float(mean.max()), float(mean.min())
+    worst = min((100 * row["mean"] for row in rows), default=bottom)
+    low = max(bottom, top - max(2.5 * (top - worst), 0.25 * (top - bottom)))
+    norm = Normalize(low, top)
     image = _grid(wide, mean, "viridis", norm)
     wide.set_title("predicted accuracy on val")
     wide.set_ylabel("attentions removed")
-    _bar(wide, image, "%", "min" if low > mean.min() else "neither")
+    _bar(wide, image, "%", "min" if low > bottom else "neither")
     _budget_lines(wide, rows, RatioSpace(found["n_attn"], found["n_act"]))
     _observations(wide, trials, norm)
     for n_attn, n_act in (row["cell"] for row in rows):
-        wide.plot(n_act, n_attn, "*", markersize=14, color="white", markeredgecolor="black", zorder=4)
+        wide.plot(n_act, n_attn, "*", markersize=20, color="white", markeredgecolor="black", zorder=2.5)
     narrow.set_title("its standard deviation")
-    _bar(narrow, _grid(narrow, sd, "Purples", Normalize(0, float(sd.max()))), "points")
+    _bar(narrow, _grid(narrow, sd, "Purples", PowerNorm(0.5, 0, float(sd.max()))), "points")
 
 
 def _grid(axes: Any, values: Any, colours: str, norm: Normalize) -> Any:
@@ -112,10 +117,11 @@ def _grid(axes: Any, values: Any, colours: str, norm: Normalize) -> Any:
     return image
 
 
-def _bar(axes: Any, image: Any, unit: str, extend: str = "neither", height: float = 0.94) -> None:
+def _bar(axes: Any, image: Any, unit: str, extend: str = "neither", height: float = 0.94) -> Any:
     bar = axes.figure.colorbar(image, cax=axes.inset_axes([1.03, 0, 0.035, height]), extend=extend)
     bar.ax.set_title(unit, fontsize=8.5, loc="left")
     bar.outline.set_visible(False)
+    return bar
 
 
 def _budget_lines(axes: Any, rows: Sequence[Mapping[str, Any]], space: RatioSpace) -> None:
@@ -184,12 +190,12 @@ def tradeoff(
             ha="right",
         )  # fmt: skip
     if dense is not None:
-        _interval(axes, 1.0, dense["accuracy"], dense, ("C0", "s", "full"), "dense, on val", -4)
+        _interval(axes, 1.0, dense["accuracy"], dense, {"color": "C0", "marker": "s"}, "dense, on val", -4)
     if exported is not None:
         before, after, x = exported["dense"], exported["merged"], exported["timing"][batch]["speedup"]
-        _interval(axes, 1.0, before["accuracy"], before, ("C1", "s", "full"), "dense, on test", 4)
+        _interval(axes, 1.0, before["accuracy"], before, {"color": "C1", "marker": "s"}, "dense, on test", 4)
         label = f"merged ({exported['budget']}), on test"
-        _interval(axes, x, after["accuracy"], after, ("C1", "*", "full"), label)
+        _interval(axes, x, after["accuracy"], after, {"color": "C1", "marker": "*", "markersize": 11}, label)
     _trial_dots(axes, trials)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     axes.legend(handles.values(), handles, loc="lower left")
@@ -206,17 +212,14 @@ def _trial_dots(axes: Any, trials: Sequence[tuple[float, float]]) -> None:
 
 
 def _interval(
-    axes: Any, x: float, y: float, ends: Mapping[str, float], look: tuple[str, str, str], label: str, offset: int = 0
+    axes: Any, x: float, y: float, ends: Mapping[str, float], look: dict[str, Any], label: str, offset: int = 0
 ) -> None:
     """Draw a point with its interval, moved aside by some typographic points where two would cover each other."""
-    colour, marker, fill = look
     low, high = 100 * ends["low"], 100 * ends["high"]
     beside = axes.transData + ScaledTranslation(offset / 72, 0, axes.figure.dpi_scale_trans)
-    axes.plot([x, x], [low, high], color=colour, linewidth=1.2, transform=beside)
-    size = 11 if marker == "*" else 6.5
-    axes.plot(
-        x, 100 * y, marker, color=colour, fillstyle=fill, markersize=size, label=label, transform=beside, zorder=3
-    )
+    axes.plot([x, x], [low, high], color=look["color"], linewidth=1.2, transform=beside)
+    point = {"markersize": 6.5, "linestyle": "none", **look}
+    axes.plot([x], [100 * y], **point, label=label, transform=beside, zorder=3)
     # With a transform of its own it does not count for the limits.
     axes.update_datalim([(x, low), (x, high)])
     axes.autoscale_view()
@@ -226,8 +229,8 @@ def recovery(figure: Figure, trials: Sequence[Finished], dense: float | None) ->
     """Draw every trial's accuracy from right after removal (epoch 0) to its last epoch."""
     axes = figure.subplots()
     axes.grid(True, axis="y")
-    counts = [len(PruningPlan.parse(trial.plan)) for trial in trials]
-    norm = Normalize(0, max(counts) or 1)
+    most = max(1, *(len(PruningPlan.parse(trial.plan)) for trial in trials))
+    norm = Normalize(0, most)
     # Neither end of the colours is lost on either paper.
     colours = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0.15, 0.88, 256)))
     for trial in trials:
@@ -245,7 +248,8 @@ def recovery(figure: Figure, trials: Sequence[Finished], dense: float | None) ->
     styles = {"more attentions removed": "-", "as many of each": "-.", "more activations removed": "--"}
     handles = [Line2D([], [], linestyle=style, color="C4", linewidth=1.2) for style in styles.values()]
     axes.legend(handles, styles, loc="lower right")
-    _bar(axes, matplotlib.cm.ScalarMappable(norm, colours), "units", height=0.7)
+    bar = _bar(axes, matplotlib.cm.ScalarMappable(norm, colours), "units", height=0.7)
+    bar.set_ticks(range(0, most + 1, 1 + most // 7))
 
 
 def _dense_line(axes: Any, dense: float | None) -> None:

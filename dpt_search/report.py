@@ -62,7 +62,8 @@ class Found:
         """The recommendation of the budget that is, or was, fine-tuned."""
         config, done = self.run["config"], self.export or self.finetune
         wanted = done["budget"] if done else config["finetune_budget"]
-        return next((row for row in self.rows if row["budget"] == wanted), self.rows[-1] if self.rows else None)
+        # Unless another is named, the largest is.
+        return next((row for row in self.rows[::-1] if row["budget"] == wanted or not wanted), None)
 
     @property
     def plan(self) -> str | None:
@@ -112,7 +113,7 @@ def write_report(store: RunStore) -> str:
         loader=PackageLoader("dpt_search", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {f.__name__: f for f in (percent, points, times, date, counts, cell, duration)}
+    environment.filters |= {f.__name__: f for f in (percent, points, date, counts, duration)}
     page = environment.get_template("report.html.jinja").render(
         found=found,
         headline=headline(found),
@@ -138,11 +139,6 @@ def points(value: float, digits: int = 1) -> str:
     return f"{100 * value:+.{digits}f}".replace("-", "−")
 
 
-def times(value: float) -> str:
-    """Write a ratio, such as a speedup."""
-    return f"{value:.2f}x"
-
-
 def date(seconds: float) -> str:
     """Write a time since the epoch as a date, in UTC."""
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
@@ -153,11 +149,6 @@ def counts(plan: str) -> str:
     removed = PruningPlan.parse(plan).cell
     attentions = f"{removed.n_attn} attention{'s' * (removed.n_attn != 1)}"
     return f"{attentions} and {removed.n_act} activation{'s' * (removed.n_act != 1)}"
-
-
-def cell(plan: str) -> str:
-    """Write the cell of a plan's text form."""
-    return str(PruningPlan.parse(plan).cell)
 
 
 def headline(found: Found) -> str:
@@ -172,9 +163,12 @@ def headline(found: Found) -> str:
         accuracy = f"{abs(100 * lost):.1f} points {word} (95\u00a0% interval {interval})"
         return f"{_speed(timing[batch]['speedup'], batch)}, {accuracy}"
     row = found.chosen
+    speedup = row["speedup"] if row else {}
+    speed = _speed(speedup[batch], batch) if (batch := max(speedup, key=int, default="")) else "speed unknown"
+    if found.finetune is not None:
+        return f"{percent(found.finetune['accuracy'])} on val after the long fine-tune, predicted: {speed}"
     if row is None:
         return "No result yet"
-    speed = ", ".join(_speed(row["speedup"][b], b) for b in sorted(row["speedup"], key=int)[-1:]) or "Speed unknown"
     return f"Predicted: {speed}, {percent(row['mean'])} on val after a short fine-tune"
 
 
@@ -204,7 +198,7 @@ def warnings(found: Found) -> list[str]:
     lines += _stale(found)
     for batch, timing in (found.export or {"timing": {}})["timing"].items():
         if timing["low"] <= 1:
-            ends = f"{times(timing['low'])} to {times(timing['high'])}"
+            ends = f"{timing['low']:.2f}x to {timing['high']:.2f}x"
             lines.append(f"at batch {batch} the speedup cannot be told from none ({ends})")
     return lines
 
@@ -212,7 +206,7 @@ def warnings(found: Found) -> list[str]:
 def _stale(found: Found) -> Iterator[str]:
     """Say where later stages are about another plan than earlier ones."""
     recommended = {row["budget"]: row["plan"] for row in found.rows}
-    if found.finetune and recommended.get(found.finetune["budget"], "") != found.finetune["plan"]:
+    if recommended and found.finetune and recommended.get(found.finetune["budget"], "") != found.finetune["plan"]:
         yield f"what was fine-tuned, {found.finetune['plan']}, is not what is recommended now for its budget"
     if found.finetune and found.export and found.finetune["plan"] != found.export["plan"]:
         yield f"what was exported, {found.export['plan']}, is not what was fine-tuned last"
@@ -239,6 +233,7 @@ def trial_rows(log: TrialLog) -> list[dict[str, Any]]:
         rows.append(
             {
                 "record": record,
+                "cell": str(PruningPlan.parse(record.plan).cell),
                 "cost": record.cost / dearest,
                 "seen": proposed.seen if proposed else None,
                 "start": record.start or (proposed.start if proposed else ""),

@@ -128,7 +128,8 @@ def open_run(config: RunConfig, say: Callable[[str], None]) -> Run:
     check(config)
     store = RunStore(config.run_dir)
     recorded = store.read_json("run.json")
-    if recorded is not None:
+    # Until a stage is done, nothing depends on what was recorded: a mistyped model may be put right.
+    if recorded is not None and store.names("stages"):
         check_same_run(recorded["config"], config)
     store.write_json(
         "run.json",

@@ -7,6 +7,7 @@ What lies where is described in docs/architecture.md. State is the trial log, no
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -183,7 +184,7 @@ class RunStore:
 
 
 def _reason(error: OSError) -> str:
-    return error.strerror or str(error).splitlines()[0]
+    return os.strerror(error.errno) if error.errno else str(error).splitlines()[0]
 
 
 class TrialLog:

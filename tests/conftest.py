@@ -4,10 +4,6 @@ import io
 import os
 from pathlib import Path
 
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ.setdefault(variable, "1")
-
 import hypothesis
 import numpy as np
 import pyarrow as pa
@@ -19,6 +15,9 @@ from PIL import Image
 from trainables.settings import DataSettings, ModelSettings
 
 torch.set_num_threads(1)
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")  # of the processes that tests start
 hypothesis.settings.register_profile(
     "dpt-search",
     derandomize=True,

@@ -63,7 +63,7 @@ def test_negative_units_and_unknown_kinds_are_refused():
         PruningPlan((1,), (-2,))
     with pytest.raises(ValueError, match="negative"):
         Unit("attn", -1)
-    with pytest.raises(ValueError, match="'mlp'.*attn, act"):
+    with pytest.raises(ValueError, match=r"'mlp'.*attn, act"):
         Unit("mlp", 0)
     with pytest.raises(ValueError, match="negative"):
         Cell(-1, 0)
@@ -198,6 +198,6 @@ def test_cost_of_a_unit_that_was_not_measured_is_an_error():
 
 
 def test_a_model_of_no_family_is_refused_with_the_known_ones():
-    with pytest.raises(UnsupportedModel, match="no family handles int.*VisionTransformer") as raised:
+    with pytest.raises(UnsupportedModel, match=r"no family handles int.*VisionTransformer") as raised:
         family_of(3)
     assert isinstance(raised.value, BadInput)

@@ -1,0 +1,238 @@
+"""The configuration: where its values come from, which are refused, and which may change between two starts."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpt_search.config import BadConfig, RunConfig, check, check_same_run
+from dpt_search.options import read_config
+from dpt_search.store import RunStore
+from trainables.settings import DataSettings, ModelSettings, Recipe
+
+BASE = RunConfig(ModelSettings("vit_tiny_patch16_224"), DataSettings("cifar10"), run_dir="runs/one")
+MAY_GROW = {
+    "run_dir", "budget", "finetune_budget", "max_trials", "max_hours", "trial_timeout", "max_concurrent",
+    "max_failures", "cpus_per_trial", "devices_per_trial", "finetune_workers", "data.cache_dir", "data.workers",
+    "data.root", "timing_batches", "timing_seconds", "sampler", *(f"finetune.{f.name}" for f in fields(Recipe)),
+}  # fmt: skip
+AT_LEAST = {
+    "max_trials": 1, "max_failures": 1, "cpus_per_trial": 1, "devices_per_trial": 0.01, "finetune_workers": 1,
+    "rank_batches": 1, "trial.epochs": 1, "finetune.epochs": 1, "trial.batch_size": 1, "finetune.batch_size": 1,
+    "adapt.batch_size": 1, "trial.temperature": 0.01, "finetune.temperature": 0.01, "adapt.temperature": 0.01,
+}  # fmt: skip
+"""Every other number may be 0 and no less."""
+AT_MOST_1 = ("label_smoothing", "drop_path", "ema", "distillation_alpha", "random_erasing", "crop_scale", "hflip")
+
+
+def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for field in fields(value):
+        name, inner = prefix + field.name, getattr(value, field.name)
+        if is_dataclass(inner):
+            yield from flat(inner, f"{name}.")
+        else:
+            yield name, inner
+
+
+FIELDS = dict(flat(BASE))
+NUMBERS = [name for name, value in FIELDS.items() if isinstance(value, int | float) and not isinstance(value, bool)]
+
+
+def changed(config: RunConfig, name: str, value: Any) -> RunConfig:
+    group, _, inner = name.rpartition(".")
+    return replace(config, **{group: replace(getattr(config, group), **{inner: value})} if group else {name: value})
+
+
+def other_value(name: str, value: Any) -> Any:
+    choices = {"device": "cuda", "sampler": "tpe"}
+    if name in choices:
+        return choices[name]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    return {str: f"{value}x", list: [*value, 7] if isinstance(value, list) else 0, dict: {"depth": 3}}[type(value)]
+
+
+def recorded(config: RunConfig) -> Any:
+    """Return a configuration as run.json has it."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def read(verb: str, *argv: str) -> RunConfig:
+    return read_config(verb, list(argv))
+
+
+def refusal(config: RunConfig) -> str:
+    with pytest.raises(BadConfig) as caught:
+        check(config)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_there_are_identity_fields_and_growing_ones() -> None:
+    assert FIELDS.keys() > MAY_GROW
+    assert {"model.name", "data.path", "seed", "trial.epochs", "adapt.epochs"} <= FIELDS.keys() - MAY_GROW
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_changed_field_goes_on_or_is_refused_by_name(name: str) -> None:
+    now = changed(BASE, name, other_value(name, FIELDS[name]))
+    assert now != BASE
+    if name in MAY_GROW:
+        check_same_run(recorded(BASE), now)
+        return
+    with pytest.raises(BadConfig) as caught:
+        check_same_run(recorded(BASE), now)
+    message = str(caught.value)
+    assert message.startswith(f"{name} is ")
+    assert "--run-dir" in message
+    assert repr(FIELDS[name]) in message
+    assert "\n" not in message
+
+
+def test_the_same_configuration_goes_on() -> None:
+    check_same_run(recorded(BASE), BASE)
+
+
+def test_a_field_that_an_older_version_did_not_record_is_no_change() -> None:
+    old = recorded(BASE)
+    del old["rank_batches"], old["trial"]["temperature"], old["data"]
+    check_same_run(old, BASE)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_below_its_lowest_value_is_refused_by_name(name: str) -> None:
+    low = AT_LEAST.get(name, 0)
+    check(changed(replace(BASE, finetune_workers=1), name, low))
+    for value in (low - 0.005 if isinstance(FIELDS[name], float) else low - 1, float("nan")):
+        message = refusal(changed(BASE, name, value))
+        assert message == f"{name} is {value}, but must be at least {low}"
+
+
+@pytest.mark.parametrize(
+    "name", [f"{recipe}.{name}" for recipe in ("adapt", "trial", "finetune") for name in AT_MOST_1]
+)
+def test_a_share_above_one_is_refused_by_name(name: str) -> None:
+    check(changed(BASE, name, 1.0))
+    assert refusal(changed(BASE, name, 1.5)) == f"{name} is 1.5, but must be at most 1"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model.name": ""}, "model.name is missing"),
+        ({"data.path": ""}, "either data.path or data.factory"),
+        ({"data.factory": "my.factory"}, "either data.path or data.factory"),
+        ({"budget": "speed"}, "unknown budget 'speed'"),
+        ({"budget": "units=four"}, "cannot read budget 'units=four'"),
+        ({"budget": "units=-4"}, "cannot be negative"),
+        ({"finetune_budget": "units=7"}, "finetune_budget 'units=7' is not one of budget"),
+        ({"finetune_budget": "most"}, "unknown budget 'most'"),
+        ({"timing_batches": []}, "timing_batches needs"),
+        ({"timing_batches": [1, 0]}, "timing_batches needs"),
+        ({"model.new_head": True}, "adapt_epochs"),
+        ({"trial.mixup": 0.2, "trial.batch_size": 33}, "trial.batch_size must be even"),
+        ({"finetune.cutmix": 0.2, "finetune.batch_size": 33}, "finetune.batch_size must be even"),
+        ({"data.subset": 63}, "data.subset (63) is smaller than trial.batch_size (64)"),
+        ({"finetune_workers": 3}, "finetune.batch_size must be a multiple of finetune_workers"),
+    ],
+)
+def test_values_that_make_no_sense_together_are_refused(values: dict[str, Any], message: str) -> None:
+    config = BASE
+    for name, value in values.items():
+        config = changed(config, name, value)
+    assert message in refusal(config)
+
+
+@pytest.mark.parametrize(
+    "values", [{"data.path": "", "data.factory": "a.b"}, {"data.subset": 0}, {"finetune_workers": 4}, {"seed": 5}]
+)
+def test_values_that_make_sense_are_accepted(values: dict[str, Any]) -> None:
+    config = BASE
+    for name, value in values.items():
+        config = changed(config, name, value)
+    check(config)
+
+
+def test_the_largest_budget_is_fine_tuned_unless_another_is_chosen() -> None:
+    assert str(replace(BASE, budget="units=4,10,6").chosen_budget) == "units=10"
+    assert str(replace(BASE, budget="units=4,10,6", finetune_budget="units=6").chosen_budget) == "units=6"
+
+
+def test_the_embedded_example_is_run_when_nothing_is_named() -> None:
+    config = read("run")
+    assert config.model.checkpoint == "package:dpt_search/embedded/fashion_mnist/dense.safetensors"
+    assert config.model.kwargs["depth"] == 12
+    assert read("run", "--max-trials", "3") == replace(config, max_trials=3)
+    check(config)
+
+
+def test_a_named_model_has_nothing_of_the_embedded_example() -> None:
+    config = read("run", "--model.name", "deit_tiny_patch16_224", "--data.path=cifar10")
+    assert config == RunConfig(ModelSettings("deit_tiny_patch16_224"), DataSettings("cifar10"))
+
+
+def test_flags_go_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: {name: m}\ndata: {path: p, subset: 100}\nmax_trials: 5\ntrial: {lr: 2e-3, epochs: 3}\n")
+    config = read("run", "--config", str(file), "--trial-epochs=4", "--data.subset", "200", "--max_trials", "6")
+    assert config == RunConfig(
+        ModelSettings("m"), DataSettings("p", subset=200), max_trials=6, trial=Recipe(lr=2e-3, epochs=4)
+    )
+
+
+def test_a_flag_before_the_yaml_file_counts_too(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("model: {name: m}\ndata: {path: p}\n")
+    assert read("run", "--data.subset=99", f"--config={tmp_path / 'mine.yaml'}").data.subset == 99
+
+
+@pytest.mark.parametrize("text", ["modle: {name: m}", "model: {nmae: m}", "trial: {epoch: 3}"])
+def test_an_unknown_yaml_key_is_refused_by_name_in_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(BadConfig) as caught:
+        read("run", "--config", str(tmp_path / "mine.yaml"))
+    assert any(name in str(caught.value) for name in ("modle", "nmae", "epoch"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("argument", ["--max-trials=many", "--device=tpu", "--seed=1.5", "--model.kwargs=3"])
+def test_a_value_of_the_wrong_type_names_its_flag_as_it_is_typed(argument: str) -> None:
+    with pytest.raises(BadConfig) as caught:
+        read("run", argument)
+    flag, _, value = argument.partition("=")
+    assert flag in str(caught.value)
+    assert value in str(caught.value)
+    assert "class" not in str(caught.value)
+
+
+def test_a_run_directorys_own_configuration_is_what_flags_go_over(tmp_path: Path) -> None:
+    store = RunStore(str(tmp_path / "run"))
+    odd = DataSettings("a b/{c}: [d]", image_column="null", label_column="1e5", mean=[0.1 + 0.2], cache_dir="~/#x")
+    mine = replace(BASE, data=odd, seed=7, timing_batches=[8], adapt=Recipe(epochs=0, lr=1 / 3), run_dir="elsewhere")
+    store.write_json("run.json", {"config": asdict(mine)})
+    again = replace(mine, run_dir=store.location)
+    assert read("run", "--run-dir", store.location) == again
+    assert read("run", f"--run-dir={store.location}", "--max-trials=20") == replace(again, max_trials=20)
+    for verb in ("dense", "profile", "rank", "search", "recommend", "finetune", "export", "report"):
+        assert read(verb, store.location) == again
+    check_same_run(recorded(mine), again)
+
+
+@pytest.mark.parametrize(
+    "order", [["--max-trials", "20", "RUN"], ["RUN", "--max-trials=20"], ["--max-trials=20", "RUN"]]
+)
+def test_options_may_stand_before_and_after_the_run_directory(tmp_path: Path, order: list[str]) -> None:
+    store = RunStore(str(tmp_path / "run"))
+    store.write_json("run.json", {"config": asdict(BASE)})
+    argv = [store.location if argument == "RUN" else argument for argument in order]
+    assert read("search", *argv) == replace(BASE, run_dir=store.location, max_trials=20)
+
+
+def test_reading_a_configuration_creates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    read("run", "--run-dir", "new")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,254 @@
+"""The contract of every family: what `units`, `gates`, `remove` and `merge` promise each other."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from search_spaces import UnsupportedModel, family_of
+from search_spaces.plan import KINDS, PruningPlan, Unit
+from search_spaces.timm_compat import timm
+from trainables.timing import count_macs, count_params
+
+SIZE = (1, 28, 28)
+SMALL = {"img_size": 28, "patch_size": 7, "in_chans": 1, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One family: a builder of a small model, its numbers of units, and where the path of a unit's weights begins."""
+
+    name: str
+    build: Callable[[], torch.nn.Module]
+    n_attn: int
+    n_act: int
+    prefix: Callable[[Unit], str]
+
+
+def vit_prefix(unit: Unit) -> str:
+    return f"blocks.{unit.index}.{'attn.' if unit.kind == 'attn' else 'mlp.'}"
+
+
+def timm_model(name: str, **kwargs: object) -> Callable[[], torch.nn.Module]:
+    return lambda: timm.create_model(name, **{**SMALL, **kwargs})
+
+
+ROWS = [
+    Row("vit", timm_model("vit_tiny_patch16_224"), 4, 4, vit_prefix),
+    Row("deit", timm_model("deit_tiny_patch16_224"), 4, 4, vit_prefix),
+    Row("deit_distilled", timm_model("deit_tiny_distilled_patch16_224"), 4, 4, vit_prefix),
+    Row("vit_scaled_pooled", timm_model("vit_tiny_patch16_224", init_values=0.5, global_pool="avg"), 4, 4, vit_prefix),
+    Row("vit_no_bias", timm_model("vit_tiny_patch16_224", proj_bias=False, qkv_bias=False), 4, 4, vit_prefix),
+]
+BUILT: dict[str, torch.nn.Module] = {}
+
+
+@pytest.fixture(params=ROWS, ids=lambda row: row.name)
+def row(request):
+    return request.param
+
+
+def fresh(row: Row) -> torch.nn.Module:
+    """Return a copy of the row's model with weights large enough for every layer to matter."""
+    if row.name not in BUILT:
+        torch.manual_seed(0)
+        model = row.build().eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        BUILT[row.name] = model
+    return copy.deepcopy(BUILT[row.name])
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    pixels = torch.randn(3, *SIZE, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model(pixels)
+
+
+def largest_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def any_plan(row: Row) -> st.SearchStrategy[PruningPlan]:
+    all_units = family_of(fresh(row)).units(fresh(row))
+    return st.sets(st.sampled_from(all_units)).map(PruningPlan.of)
+
+
+def test_units_are_all_removable_layers_in_order(row):
+    model = fresh(row)
+    found = family_of(model).units(model)
+    assert found == (*(Unit("attn", i) for i in range(row.n_attn)), *(Unit("act", i) for i in range(row.n_act)))
+
+
+@given(data=st.data())
+def test_gates_at_zero_are_what_remove_leaves(row, data):
+    plan = data.draw(any_plan(row))
+    model = fresh(row)
+    with family_of(model).gates(model) as gates, torch.no_grad():
+        for unit in plan.units:
+            gates[unit].zero_()
+        gated = logits(model)
+    removed = logits(family_of(model).remove(model, plan))
+    assert largest_difference(gated, removed) <= 1e-6
+
+
+def test_removing_any_one_unit_changes_the_logits(row):
+    before = logits(fresh(row))
+    for unit in family_of(fresh(row)).units(fresh(row)):
+        model = fresh(row)
+        after = logits(family_of(model).remove(model, PruningPlan.of([unit])))
+        assert largest_difference(after, before) > 1e-3, unit
+
+
+def test_gates_at_one_change_nothing_and_every_gate_has_a_gradient(row):
+    model = fresh(row)
+    before = logits(model)
+    with family_of(model).gates(model) as gates:
+        assert set(gates) == set(family_of(model).units(model))
+        found = model(torch.randn(3, *SIZE, generator=torch.Generator().manual_seed(1)))
+        gradients = torch.autograd.grad(found.square().sum(), list(gates.values()))
+    assert largest_difference(found.detach(), before) <= 1e-6
+    assert all(float(gradient) != 0 for gradient in gradients)
+
+
+def test_a_gate_scales_smoothly_between_removed_and_as_built(row):
+    model = fresh(row)
+    unit = Unit("act", 1)
+    before = logits(model)
+    with family_of(model).gates(model) as gates, torch.no_grad():
+        gates[unit].fill_(0.999)
+        near = logits(model)
+    assert 0 < largest_difference(near, before) < 0.01
+
+
+def test_gates_put_the_model_back_even_after_an_error(row):
+    model = fresh(row)
+    before, modules, state = logits(model), list(model.modules()), copy.deepcopy(model.state_dict())
+    with pytest.raises(KeyboardInterrupt), family_of(model).gates(model) as gates, torch.no_grad():
+        next(iter(gates.values())).zero_()
+        raise KeyboardInterrupt
+    assert [id(m) for m in model.modules()] == [id(m) for m in modules]
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    assert torch.equal(logits(model), before)
+
+
+@given(data=st.data())
+def test_remove_keeps_the_other_weights_and_their_names(row, data):
+    plan = data.draw(any_plan(row))
+    dense, model = fresh(row), fresh(row)
+    family_of(model).remove(model, plan)
+    before, after = dense.state_dict(), model.state_dict()
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
+    gone = before.keys() - after.keys()
+    removed = tuple(row.prefix(unit).rsplit(".", 2)[0] for unit in plan.units if unit.kind == "attn")
+    assert all(name.startswith(removed) for name in gone)
+    assert not any(name.startswith(row.prefix(u)) for name in after for u in plan.units if u.kind == "attn")
+    assert set(family_of(model).units(model)) == set(family_of(dense).units(dense)) - set(plan.units)
+
+
+@given(data=st.data())
+def test_removing_in_two_steps_is_removing_at_once(row, data):
+    plan = data.draw(any_plan(row))
+    first = data.draw(st.sets(st.sampled_from(plan.units)) if plan.units else st.just(set()))
+    at_once, in_steps = fresh(row), fresh(row)
+    family = family_of(at_once)
+    family.remove(at_once, plan)
+    family.remove(family.remove(in_steps, PruningPlan.of(first)), PruningPlan.of(set(plan.units) - first))
+    assert at_once.state_dict().keys() == in_steps.state_dict().keys()
+    assert torch.equal(logits(at_once), logits(in_steps))
+
+
+@given(data=st.data())
+def test_merging_keeps_the_logits_and_saves_what_it_promises(row, data):
+    plan = data.draw(any_plan(row))
+    dense, model = fresh(row), fresh(row)
+    family = family_of(model)
+    unmerged = logits(family.remove(model, plan))
+    merged = family.merge(model)
+    assert merged is model
+    assert largest_difference(logits(merged), unmerged) <= 1e-5
+    saved_params = count_params(dense) - count_params(merged)
+    saved_macs = count_macs(dense, SIZE) - count_macs(merged, SIZE)
+    assert (saved_params > 0) == (saved_macs > 0) == (len(plan) > 0)
+
+
+@given(data=st.data())
+def test_every_further_unit_saves_more(row, data):
+    plan = data.draw(any_plan(row))
+    sizes = []
+    for count in range(len(plan) + 1):
+        model = fresh(row)
+        family_of(model).merge(family_of(model).remove(model, PruningPlan.of(plan.units[:count])))
+        sizes.append((count_params(model), count_macs(model, SIZE)))
+    assert all(
+        later[0] < earlier[0] and later[1] < earlier[1] for earlier, later in zip(sizes, sizes[1:], strict=False)
+    )
+
+
+def test_the_empty_plan_changes_nothing(row):
+    dense, model = fresh(row), fresh(row)
+    family_of(model).merge(family_of(model).remove(model, PruningPlan()))
+    assert model.state_dict().keys() == dense.state_dict().keys()
+    assert torch.equal(logits(model), logits(dense))
+    assert count_macs(model, SIZE) == count_macs(dense, SIZE)
+
+
+@given(data=st.data())
+def test_merged_weights_load_into_a_model_made_the_same_way(row, data):
+    plan = data.draw(any_plan(row))
+    model = fresh(row)
+    family = family_of(model)
+    expected = family.merge(family.remove(model, plan))
+    torch.manual_seed(5)
+    other = row.build().eval()
+    family.merge(family.remove(other, plan))
+    assert not torch.equal(logits(other), logits(expected))
+    other.load_state_dict(expected.state_dict())
+    assert torch.equal(logits(other), logits(expected))
+
+
+def test_a_merged_model_still_learns(row):
+    model = fresh(row)
+    everything = PruningPlan.of(u for u in family_of(model).units(model) if u.index % 2)
+    family_of(model).merge(family_of(model).remove(model, everything)).train()
+    model(torch.randn(3, *SIZE)).square().sum().backward()
+    silent = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not silent
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_unit_that_is_not_there_is_refused_and_nothing_is_removed(row, kind):
+    model = fresh(row)
+    state = model.state_dict().keys()
+    with pytest.raises(UnsupportedModel, match=f"{kind}:99"):
+        family_of(model).remove(model, PruningPlan.of([Unit("attn", 0), Unit(kind, 99)]))
+    assert model.state_dict().keys() == state
+    once = PruningPlan.of([Unit(kind, 0)])
+    family_of(model).remove(model, once)
+    with pytest.raises(UnsupportedModel, match=f"{kind}:0"):
+        family_of(model).remove(model, once)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mixer_s32_224"])
+def test_models_of_other_kinds_are_refused_by_name(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(UnsupportedModel, match=type(model).__name__):
+        family_of(model)
+
+
+@pytest.mark.parametrize("block", ["ParallelScalingBlock", "ResPostBlock"])
+def test_blocks_that_are_not_pre_norm_are_refused_by_name(block):
+    model = timm.create_model("vit_tiny_patch16_224", **SMALL, block_fn=getattr(timm.models.vision_transformer, block))
+    with pytest.raises(UnsupportedModel, match=f"block 0 is a {block}"):
+        family_of(model).units(model)
+
+
+def test_an_mlp_with_a_gate_of_its_own_keeps_its_activation():
+    model = timm.create_model("vit_tiny_patch16_224", **SMALL, mlp_layer=timm.layers.GluMlp)
+    assert [u.kind for u in family_of(model).units(model)] == ["attn"] * 4

@@ -1,8 +1,6 @@
 """`python -m dpt_search`."""
 
-import sys
-
-from dpt_search.cli import main
+from dpt_search.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    entry()

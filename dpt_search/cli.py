@@ -75,39 +75,38 @@ def say(line: str) -> None:
 
 
 def _run(argv: list[str]) -> int:
-    config = read_config("run", argv)
-    from dpt_search.stages import STAGES
-
-    _do(config, list(STAGES))
+    _do(read_config("run", argv))
     return 0
 
 
 def _stage(verb: str) -> Callable[[list[str]], int]:
     def work(argv: list[str]) -> int:
-        _do(read_config(verb, argv), [verb])
+        _do(read_config(verb, argv), verb)
         return 0
 
     return work
 
 
-def _do(config: Any, stages: list[str]) -> None:
-    """Run stages under the run directory's lease, and end with the result as it stands."""
+def _do(config: Any, only: str = "") -> None:
+    """Run one stage, or all, under the run directory's lease, and end with the result as it stands."""
     from dpt_search.config import check
     from dpt_search.lease import Lease
     from dpt_search.run import open_run
-    from dpt_search.stages import STAGES
     from dpt_search.store import RunStore
     from dpt_search.summary import result_table, stage_times
 
     # Before the lease, so that a wrong value leaves no directory behind.
     check(config)
     with Lease(RunStore(config.run_dir)), open_run(config, say) as run:
+        # After the checks, which are quick: the stages import scipy and optuna.
+        from dpt_search.stages import STAGES
+
         say(f"run directory {run.store.root if run.store.is_local else config.run_dir}")
-        for name in stages:
+        for name in [only] if only else STAGES:
             STAGES[name](run)
-        if stages == list(STAGES):
+        if not only:
             print(f"\n{stage_times(run.store)}\n\n{result_table(run.store)}\n")
-        if stages[-1] == "report":
+        if only in ("", "report"):
             print(f"report: {run.store.path('report.html')}")
 
 
@@ -117,15 +116,18 @@ def _resolve(argv: list[str]) -> int:
     parser.add_argument("--budget", required=True, help="units=8, or several at once: units=4,6,8,10.")
     given = parse(parser, argv)
     from dpt_search.run import recorded_run
-    from dpt_search.search_stages import decide
-    from dpt_search.summary import recommendation_table
     from search_spaces.budgets import parse_budgets
 
     try:
         budgets = parse_budgets(given.budget)
     except ValueError as error:
         raise BadInput(str(error)) from None
-    print(recommendation_table(decide(recorded_run(given.run, say), budgets)["budgets"]))
+    run = recorded_run(given.run, say)
+    # After the checks, which are quick: these import scipy and optuna.
+    from dpt_search.search_stages import decide
+    from dpt_search.summary import recommendation_table
+
+    print(recommendation_table(decide(run, budgets)["budgets"]))
     return 0
 
 

@@ -28,15 +28,14 @@ Draw = Callable[[Figure], None]
 
 # Okabe and Ito's palette, in the tones that stand out on each paper.
 _PAPERS: dict[str, dict[str, Any]] = {
-    "light": {"ink": "#22262b", "quiet": "#8a929b", "paper": "#ffffff", "cycle": ["#0072B2", "#D55E00", "#009E73"]},
-    "dark": {"ink": "#dfe3e8", "quiet": "#8a929b", "paper": "#1b1f24", "cycle": ["#56B4E9", "#E69F00", "#2fc79b"]},
+    "light": {"ink": "#22262b", "quiet": "#8a929b", "paper": "#ffffff", "cycle": ["#0072B2", "#D55E00"]},
+    "dark": {"ink": "#dfe3e8", "quiet": "#8a929b", "paper": "#1b1f24", "cycle": ["#56B4E9", "#E69F00"]},
 }
 _LOOKS: dict[str, dict[str, Any]] = {
     "predicted": {"color": "C0", "marker": "o", "fillstyle": "none"},
     "observed": {"color": "C0", "marker": "o"},
     "confirmed": {"color": "C0", "marker": "D"},
 }
-_KIND_NAMES = {"attn": "attention", "act": "activation"}
 
 
 def png(draw: Draw, size: tuple[float, float], paper: str) -> bytes:
@@ -63,8 +62,7 @@ def _style(ink: str, quiet: str, paper: str, cycle: Sequence[str]) -> dict[str, 
         **dict.fromkeys(("xtick.color", "ytick.color", "axes.edgecolor", "grid.color"), quiet),
         **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), paper),
         "axes.prop_cycle": cycler(color=[*cycle, quiet, ink]),
-        "axes.spines.top": False,
-        "axes.spines.right": False,
+        **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
         "axes.axisbelow": True,
         "axes.titlesize": 10,
         "axes.titlelocation": "left",
@@ -92,7 +90,7 @@ def surface(
     # The cliffs at the ends would eat the colours; what matters is where the recommendations are.
     top, bottom = float(mean.max()), float(mean.min())
     worst = min((100 * row["mean"] for row in rows), default=bottom)
-    low = max(bottom, top - max(2.5 * (top - worst), 0.25 * (top - bottom)))
+    low = max(bottom, top - max(3.5 * (top - worst), 0.25 * (top - bottom)))
     norm = Normalize(low, top)
     image = _grid(wide, mean, "viridis", norm)
     wide.set_title("predicted accuracy on val")
@@ -208,7 +206,7 @@ def _trial_dots(axes: Any, trials: Sequence[tuple[float, float]]) -> None:
     left_out = len(trials) - len(shown)
     label = f"trial, on val ({left_out} more below)" if left_out else "trial, on val"
     if shown:
-        axes.scatter([x for x, _ in shown], [y for _, y in shown], s=14, color="C3", linewidth=0, label=label)
+        axes.scatter([x for x, _ in shown], [y for _, y in shown], s=14, color="C2", linewidth=0, label=label)
 
 
 def _interval(
@@ -246,7 +244,7 @@ def recovery(figure: Figure, trials: Sequence[Finished], dense: float | None) ->
     axes.set_ylabel("accuracy on val, %")
     _dense_line(axes, dense)
     styles = {"more attentions removed": "-", "as many of each": "-.", "more activations removed": "--"}
-    handles = [Line2D([], [], linestyle=style, color="C4", linewidth=1.2) for style in styles.values()]
+    handles = [Line2D([], [], linestyle=style, color="C3", linewidth=1.2) for style in styles.values()]
     axes.legend(handles, styles, loc="lower right")
     bar = _bar(axes, matplotlib.cm.ScalarMappable(norm, colours), "units", height=0.7)
     bar.set_ticks(range(0, most + 1, 1 + most // 7))
@@ -285,19 +283,16 @@ def plan(figure: Figure, removed: PruningPlan, ranking: Ranking, importance: Map
         for x in range(blocks):
             shade = known[x] / largest if x in known else None
             _unit(axes, x, y, shade, x in getattr(removed, kind))
-    axes.set_xlim(-0.5, blocks - 0.5)
-    axes.set_ylim(-0.55, len(KINDS) - 0.45)
-    axes.set_aspect("equal")
+    axes.set(xlim=(-0.5, blocks - 0.5), ylim=(-0.55, 1.55), aspect="equal", xlabel="block, from the input")
     axes.set_xticks(range(blocks))
-    axes.set_yticks(range(len(KINDS)), [_KIND_NAMES[kind] for kind in reversed(KINDS)])
-    axes.set_xlabel("block, from the input")
+    axes.set_yticks((0, 1), ["activation", "attention"])
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
 
 
 def _unit(axes: Any, x: int, y: int, shade: float | None, removed: bool) -> None:
     box = FancyBboxPatch((x - 0.4, y - 0.4), 0.8, 0.8, boxstyle="round,pad=0,rounding_size=0.12", linewidth=1.2)
-    box.set_edgecolor("C3" if removed or shade is None else "none")
+    box.set_edgecolor("C2" if removed or shade is None else "none")
     box.set_facecolor("none" if removed or shade is None else matplotlib.colormaps["Blues"](0.25 + 0.65 * shade))
     axes.add_patch(box)
     if removed:

@@ -90,7 +90,7 @@ def search(run: Run) -> None:
         run.store.read_json("ranking.json"), config.sampler, str(config.budget), config.max_trials, config.max_hours,
         len(log.unfinished),
     ]  # fmt: skip
-    run.stage("search", inputs, "ranking.json", work)
+    run.stage("search", inputs, "trials", work)
 
 
 def _trial_cost(run: Run, ranking: Ranking) -> Callable[[Cell], float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from typing import Any
 
 import torch
@@ -22,10 +23,14 @@ def save_state(location: str, state: dict[str, Any]) -> None:
 
 
 def load_state(location: str) -> dict[str, Any] | None:
-    """Read a state; None when there is none."""
+    """Read a state; None when there is none, or, with a warning, when it is broken: the work is then begun again."""
     try:
         content = read_bytes(location)
     except FileNotFoundError:
         return None
-    state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    try:
+        state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken file makes torch.load raise errors of many kinds
+        warnings.warn(f"beginning again, because {location} is broken ({type(error).__name__})", stacklevel=2)
+        return None
     return state

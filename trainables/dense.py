@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import io
 
 import safetensors.torch
@@ -29,7 +30,7 @@ def build_model(settings: ModelSettings, *, seed: int = 0, drop_path: float = 0.
         BadModel: timm does not know the name or an argument, or the checkpoint does not fit.
     """
     if not timm.is_model(settings.name):
-        near = timm.list_models(f"*{settings.name.split('_')[0]}*")[:5] if settings.name else []
+        near = difflib.get_close_matches(settings.name, timm.list_models(), 5)
         hint = f"; similar: {', '.join(near)}" if near else ""
         raise BadModel(f"timm has no model {settings.name!r}: see timm.list_models(){hint}")
     rate = {"drop_path_rate": drop_path} if drop_path else {}

@@ -12,6 +12,7 @@ from trainables.dense import BadModel
 from trainables.devices import describe
 from trainables.engine import evaluate
 from trainables.intervals import accuracy_interval
+from trainables.tables import open_tables
 from trainables.tasks import Task
 from trainables.workspace import Workspace
 
@@ -23,6 +24,8 @@ def check_model(task: Task) -> dict[str, Any]:
         The number of removable units of each kind.
     """
     workspace = Workspace(task)
+    for split, table in open_tables(task.data).items():
+        workspace.check_labels(table.labels, split)
     for split in ("train", "val"):
         workspace.images(split, 64)
     units = family_of(workspace.dense).units(workspace.dense)

@@ -5,6 +5,7 @@ Shapes: B images a step, K classes; logits (B, K), labels (B,), soft targets (B,
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ class Training:
         self._optimizer = timm.optim.create_optimizer_v2(
             self.model, opt="adamw", lr=lr, weight_decay=recipe.weight_decay
         )
-        self._steps = len(images) // world // (recipe.batch_size // world)
+        self._steps = math.ceil(len(images) / world) // (recipe.batch_size // world)
         self._scheduler = timm.scheduler.CosineLRScheduler(
             self._optimizer,
             t_initial=max(1, recipe.epochs * self._steps),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import io
 from abc import ABC, abstractmethod
@@ -62,6 +63,9 @@ def open_tables(data: DataSettings) -> dict[str, Table]:
     if "test" not in tables and "val" in tables:
         # The figure people know for such data (ImageNet, say) is the one on its only held-out part.
         tables["test"] = tables.pop("val")
+    for split, table in tables.items():
+        if not len(table.labels):
+            raise BadData(f"no rows in the {split} split of {data.path or data.factory!r}")
     return tables
 
 
@@ -88,7 +92,9 @@ def _open(data: DataSettings) -> dict[str, Table]:
     images = [f for f in files if f.path.lower().endswith(IMAGE_SUFFIXES)]
     if not images:
         raise BadData(f"data.path {data.path!r} has neither .parquet files nor images in class folders")
-    return {split: FolderTable(filesystem, group) for split, group in _by_split(images, path).items()}
+    groups = _by_split(images, path)
+    classes = sorted({_class_of(file) for file in groups.get("train", images)})
+    return {split: FolderTable(filesystem, group, classes) for split, group in groups.items()}
 
 
 def _by_split(files: Sequence[fs.FileInfo], root: str) -> dict[str, list[fs.FileInfo]]:
@@ -146,15 +152,22 @@ class ParquetTable(Table):
             raise BadData(f"cannot read {path}: {_first_line(error)}") from None
 
 
-class FolderTable(Table):
-    """Image files, one folder a class, classes numbered by the sorted order of their folders' names."""
+def _class_of(file: fs.FileInfo) -> str:
+    return PurePosixPath(file.path).parent.name
 
-    def __init__(self, filesystem: fs.FileSystem, files: Sequence[fs.FileInfo]) -> None:
+
+class FolderTable(Table):
+    """Image files, one folder a class, classes numbered by their place in `classes`: the sorted ones of training."""
+
+    def __init__(self, filesystem: fs.FileSystem, files: Sequence[fs.FileInfo], classes: Sequence[str]) -> None:
         self._filesystem, self._files = filesystem, files
-        names = [PurePosixPath(file.path).parent.name for file in files]
-        self.classes = sorted(set(names))
-        self.labels = np.array([self.classes.index(name) for name in names], np.int64)
-        self.identity = f"{len(files)} files, newest {max(f.mtime_ns or 0 for f in files)}, in {files[0].path}"
+        numbers = {name: number for number, name in enumerate(classes)}
+        unknown = next((file for file in files if _class_of(file) not in numbers), None)
+        if unknown is not None:
+            raise BadData(f"{unknown.path} is of class {_class_of(unknown)!r}, of which training has no image")
+        self.labels = np.array([numbers[_class_of(file)] for file in files], np.int64)
+        lines = "\n".join(f"{f.path}:{f.size}:{f.mtime_ns}" for f in files)
+        self.identity = hashlib.sha256(lines.encode()).hexdigest()
 
     def images(self, indices: Indices) -> Iterator[Image.Image]:
         for index in indices:

@@ -16,6 +16,7 @@ from search_spaces.timm_compat import timm
 from trainables.data import ImageSet, View, load_images
 from trainables.dense import build_model
 from trainables.devices import torch_device
+from trainables.splits import Indices
 from trainables.tables import BadData
 from trainables.tasks import Task
 
@@ -63,12 +64,13 @@ class Workspace:
             images = load_images(
                 self.task.data, split, self.view, self.task.seed, limit=limit, may_read_test=may_read_test
             )
-            self._check_labels(images, split)
+            self.check_labels(images.labels, split)
             self._sets[key] = images
         return self._sets[key]
 
-    def _check_labels(self, images: ImageSet, split: str) -> None:
-        classes, low, high = cast(int, self.dense.num_classes), int(images.labels.min()), int(images.labels.max())
+    def check_labels(self, labels: Indices, split: str) -> None:
+        """Raise BadData where a label is not one of the model's classes."""
+        classes, low, high = cast(int, self.dense.num_classes), int(labels.min()), int(labels.max())
         if low < 0 or high >= classes:
             raise BadData(
                 f"{split} has label {low if low < 0 else high}, but the model has {classes} classes (0 to "

@@ -33,7 +33,8 @@ def read_costs(store: RunStore) -> UnitCosts | None:
     if not store.exists(NAME):
         return None
     try:
-        table = pq.read_table(io.BytesIO(store.read(NAME)))
+        # Without threads: Arrow aborts a process that ends while its pool is still starting.
+        table = pq.ParquetFile(io.BytesIO(store.read(NAME)), pre_buffer=False).read(use_threads=False)
         rows = {(row["kind"], row["index"]): _cost(row) for row in table.to_pylist()}
         dense = rows.pop(("dense", -1))
     except (pa.ArrowException, KeyError) as error:

@@ -71,7 +71,9 @@ def read_weights(location: str) -> dict[str, torch.Tensor]:
     except Exception as error:  # each reader has its own kinds of error
         raise BadModel(f"cannot read weights from {location!r}: {_first_line(error)}") from None
     for key in ("state_dict_ema", "state_dict", "model"):
-        state = state.get(key, state)
+        state = state.get(key, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise BadModel(f"{location!r} has no weights by name (a state dict)")
     return dict(state)
 
 

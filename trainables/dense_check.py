@@ -24,11 +24,11 @@ def check_model(task: Task) -> dict[str, Any]:
         The number of removable units of each kind.
     """
     workspace = Workspace(task)
+    units = family_of(workspace.dense).units(workspace.dense)
     for split, table in open_tables(task.data).items():
         workspace.check_labels(table.labels, split)
     for split in ("train", "val"):
         workspace.images(split, 64)
-    units = family_of(workspace.dense).units(workspace.dense)
     return {kind: [u.index for u in units if u.kind == kind] for kind in ("attn", "act")}
 
 

@@ -136,7 +136,8 @@ def _logits_of_fresh_process(folder: str, pixels: np.ndarray) -> np.ndarray:
         command = [sys.executable, "-m", "trainables.export", folder, str(given), str(made)]
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         if done.returncode:
-            raise BadMerge(f"the export in {folder} does not load in a fresh process: {done.stderr.strip()[-500:]}")
+            reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+            raise BadMerge(f"the export in {folder} does not load in a fresh process: {reason}")
         logits: np.ndarray = np.load(made)
     return logits
 

@@ -27,7 +27,7 @@ class Workspace:
 
     task: Task
     drop_path: float = 0.0
-    _sets: dict[tuple[str, int], ImageSet] = field(default_factory=dict)
+    _sets: dict[tuple[str, int, bool], ImageSet] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         torch.set_num_threads(max(1, self.task.threads))
@@ -59,7 +59,7 @@ class Workspace:
         Raises:
             BadData: a label is not one of the model's classes, or the data cannot be used.
         """
-        key = (split, limit)
+        key = (split, limit, may_read_test)
         if key not in self._sets:
             images = load_images(
                 self.task.data, split, self.view, self.task.seed, limit=limit, may_read_test=may_read_test

@@ -1,0 +1,242 @@
+"""The fine-tune's weights merged, written, loaded elsewhere and compared; the costs of models and of units."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from search_spaces import family_of
+from search_spaces.plan import PruningPlan, Unit
+from search_spaces.timm_compat import timm
+from trainables.dense import BadModel, load_weights, read_weights
+from trainables.engine import evaluate
+from trainables.export import BadMerge, check_reloaded, export, load_pruned
+from trainables.intervals import accuracy_interval, median_interval, paired_difference
+from trainables.long_finetune import finetune
+from trainables.settings import Recipe
+from trainables.tasks import ExportTask, FinetuneTask, ProfileTask
+from trainables.timing import count_macs, count_params, interleaved_seconds, merged_without, profile
+from trainables.workspace import Workspace
+
+PLAN = "attn:1 act:0,2"
+RECIPE = Recipe(epochs=2, batch_size=32, lr=0.02, ema=0.9)
+
+
+@pytest.fixture(scope="module")
+def finetuned(tiny, tiny_data, tmp_path_factory):
+    """A fine-tune that is done, its task, and what it reported."""
+    folder = str(tmp_path_factory.mktemp("finetune"))
+    task = FinetuneTask(tiny, tiny_data, 0, "cpu", 1, RECIPE, PLAN, folder, "inputs")
+    reports = []
+    return task, finetune(task, reports.append), reports
+
+
+@pytest.fixture(scope="module")
+def exported(finetuned, tmp_path_factory):
+    """An export of the fine-tune, and its summary."""
+    done, _, _ = finetuned
+    folder = str(tmp_path_factory.mktemp("export") / "of")
+    task = ExportTask(done.model, done.data, 0, "cpu", 1, PLAN, done.weights, folder, batches=(1, 4), repeats=6)
+    return task, export(task)
+
+
+def unmerged(task: ExportTask) -> torch.nn.Module:
+    model = Workspace(task).pruned(PruningPlan.parse(task.plan))
+    load_weights(model, read_weights(task.weights), task.weights)
+    return model.eval()
+
+
+def test_a_finetune_reports_every_epoch_and_leaves_its_weights(finetuned):
+    task, result, reports = finetuned
+    assert result["epochs"] == reports
+    assert [record["epoch"] for record in reports] == [1, 2]
+    assert result["accuracy"] == reports[-1]["accuracy"]
+    assert json.loads(Path(task.progress).read_text())["epochs"] == reports
+    workspace = Workspace(task)
+    model = workspace.pruned(PruningPlan.parse(PLAN))
+    load_weights(model, read_weights(task.weights), "")
+    assert evaluate(model, workspace.images("val"), workspace.device).mean() == result["accuracy"]
+
+
+def test_a_finetune_that_was_interrupted_ends_as_one_that_was_not(finetuned, tmp_path):
+    done, result, _ = finetuned
+    task = replace(done, folder=str(tmp_path))
+
+    def interrupt(record: dict) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(task, interrupt)
+    reports = []
+    again = finetune(task, reports.append)
+    assert [record["epoch"] for record in reports] == [2]
+    assert [e["accuracy"] for e in again["epochs"]] == [e["accuracy"] for e in result["epochs"]]
+    assert Path(task.weights).read_bytes() == Path(done.weights).read_bytes()
+
+
+def test_a_finetune_of_other_inputs_begins_anew(finetuned, tmp_path):
+    done, _, _ = finetuned
+    shutil.copytree(done.folder, tmp_path / "copy")
+    reports = []
+    finetune(replace(done, folder=str(tmp_path / "copy"), inputs="others"), reports.append)
+    assert [record["epoch"] for record in reports] == [1, 2]
+
+
+def test_an_export_computes_what_the_unmerged_model_does(exported):
+    task, summary = exported
+    pixels = torch.randn(16, 1, 28, 28)
+    with torch.inference_mode():
+        expected, found = unmerged(task)(pixels), load_pruned(task.folder)(pixels)
+    assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-5
+    assert 0 <= summary["largest_logit_difference"] <= 1e-4
+
+
+@pytest.mark.timeout(120)
+def test_an_export_loads_elsewhere_by_the_packages_own_function(exported, tmp_path):
+    task, _ = exported
+    code = (
+        "import sys, numpy, torch, dpt_search\n"
+        "model = dpt_search.load_pruned(sys.argv[1])\n"
+        "assert not model.training\n"
+        "numpy.save(sys.argv[2], model(torch.ones(2, 1, 28, 28)).detach().numpy())"
+    )
+    command = [sys.executable, "-c", code, task.folder, str(tmp_path / "logits.npy")]
+    paths = os.pathsep.join(filter(None, sys.path))
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, check=True)
+    with torch.inference_mode():
+        expected = unmerged(task)(torch.ones(2, 1, 28, 28)).numpy()
+    assert np.allclose(np.load(tmp_path / "logits.npy"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_files_of_an_export_are_written_and_say_what_they_are(exported):
+    task, summary = exported
+    folder = Path(task.folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "plan.json", "summary.json"]
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    description = json.loads((folder / "plan.json").read_text())
+    assert description["plan"] == PLAN
+    assert description["model"]["checkpoint"] == ""
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    assert "blocks.1.attn.qkv.weight" not in weights
+    assert weights["blocks.0.mlp.weight"].shape == (32, 32)
+
+
+def test_the_summary_holds_the_tested_accuracy_size_and_speed_of_both(exported):
+    task, summary = exported
+    workspace = Workspace(task)
+    test = workspace.images("test", may_read_test=True)
+    merged = load_pruned(task.folder)
+    for name, model in {"dense": workspace.dense, "merged": merged}.items():
+        right = evaluate(model, test, workspace.device)
+        assert summary[name] == {
+            **accuracy_interval(right),
+            "images": 60,
+            "params": count_params(model),
+            "macs": count_macs(model, (1, 28, 28)),
+        }
+    assert summary["merged"]["macs"] < summary["dense"]["macs"]
+    assert summary["merged"]["params"] < summary["dense"]["params"]
+    gain = summary["merged"]["accuracy"] - summary["dense"]["accuracy"]
+    assert summary["difference"]["mean"] == pytest.approx(gain)
+    for batch in ("1", "4"):
+        timing = summary["timing"][batch]
+        assert timing["low"] <= timing["speedup"] <= timing["high"]
+        assert timing["dense_seconds"] > 0
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_an_export_that_computes_something_else_is_refused(exported, tmp_path, factor):
+    task, _ = exported
+    folder = tmp_path / "copy"
+    shutil.copytree(task.folder, folder)
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    weights["blocks.2.mlp.weight"] *= factor
+    safetensors.torch.save_file(weights, folder / "model.safetensors")
+    with pytest.raises(BadMerge, match="differs from the unmerged one by"):
+        check_reloaded(str(folder), unmerged(task), Workspace(task).images("val"))
+
+
+@pytest.mark.timeout(120)
+def test_an_export_that_does_not_load_is_refused(exported, tmp_path):
+    task, _ = exported
+    shutil.copytree(task.folder, tmp_path / "copy")
+    (tmp_path / "copy" / "model.safetensors").write_bytes(b"gone")
+    with pytest.raises(BadMerge, match=r"does not load in a fresh process: .*cannot read weights") as raised:
+        check_reloaded(str(tmp_path / "copy"), unmerged(task), Workspace(task).images("val"))
+    assert "\n" not in str(raised.value)
+
+
+def test_an_export_whose_plan_is_not_that_of_its_weights_does_not_load(exported, tmp_path):
+    task, _ = exported
+    folder = tmp_path / "copy"
+    shutil.copytree(task.folder, folder)
+    description = json.loads((folder / "plan.json").read_text())
+    (folder / "plan.json").write_text(json.dumps({**description, "plan": "attn:1"}))
+    with pytest.raises(BadModel, match="does not fit the model"):
+        load_pruned(str(folder))
+    with pytest.raises(FileNotFoundError):
+        load_pruned(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("name", "gigamacs", "megaparams"),
+    [
+        ("deit_tiny_patch16_224", 1.26, 5.7),  # as published: Touvron et al. 2021, table 5, and timm's results
+        ("deit_small_patch16_224", 4.6, 22.1),
+        ("deit_base_patch16_224", 17.6, 86.6),
+    ],
+)
+def test_macs_and_parameters_are_the_published_ones(name, gigamacs, megaparams):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert count_macs(model, (3, 224, 224)) / 1e9 == pytest.approx(gigamacs, rel=0.01)
+    assert count_params(model) / 1e6 == pytest.approx(megaparams, rel=0.01)
+
+
+def test_units_save_the_macs_of_their_layers(exported):
+    dense, tokens, width = Workspace(exported[0]).dense, 17, 32
+    whole = count_macs(dense, (1, 28, 28))
+    saved = {kind: whole - count_macs(merged_without(dense, [Unit(kind, 2)]), (1, 28, 28)) for kind in ("attn", "act")}
+    assert saved["attn"] == 4 * tokens * width**2 + 2 * tokens**2 * width
+    assert saved["act"] == (8 - 1) * tokens * width**2
+
+
+def test_a_profile_has_the_dense_model_and_every_unit(tiny, tiny_data):
+    found = profile(ProfileTask(tiny, tiny_data, 0, "cpu", 1, batches=(1, 8), seconds=0.5))
+    whole, *rows = found["rows"]
+    dense = Workspace(ProfileTask(tiny, tiny_data, 0, "cpu", 1)).dense
+    assert [Unit(row["kind"], row["index"]) for row in rows] == list(family_of(dense).units(dense))
+    assert (whole["macs"], whole["params"]) == (count_macs(dense, (1, 28, 28)), count_params(dense))
+    assert sum(row["macs"] for row in rows) < whole["macs"]
+    assert whole["seconds_1"] > 0
+    assert 0 < sum(row["seconds_8"] for row in rows) < whole["seconds_8"]
+
+
+def test_timing_is_taken_of_every_model_in_every_round(tiny, tiny_data):
+    dense = Workspace(ProfileTask(tiny, tiny_data, 0, "cpu", 1)).dense
+    seconds = interleaved_seconds([dense, merged_without(dense, [])], torch.randn(2, 1, 28, 28), repeats=4)
+    assert seconds.shape == (4, 2)
+    assert (seconds > 0).all()
+
+
+def test_intervals_hold_their_estimate_and_shrink_with_more_images():
+    right = np.arange(100) % 5 > 0
+    small, large = accuracy_interval(right), accuracy_interval(np.tile(right, 25))
+    assert small["accuracy"] == large["accuracy"] == pytest.approx(0.8)
+    # Wilson 1927 for 80 of 100, as tables have it.
+    assert (small["low"], small["high"]) == (pytest.approx(0.7112, abs=1e-3), pytest.approx(0.8666, abs=1e-3))
+    assert large["high"] - large["low"] < 0.25 * (small["high"] - small["low"])
+    assert accuracy_interval(np.ones(20, bool))["high"] == pytest.approx(1)
+    assert paired_difference(right, right) == {"mean": 0, "low": 0, "high": 0}
+    assert paired_difference(right, ~right)["mean"] == pytest.approx(-0.6)
+    assert median_interval([3, 1, 2]) == (2, 1, 3)
+    assert median_interval(range(101)) == (50, 40, 61)

@@ -52,7 +52,7 @@ def test_any_rows_of_several_files_and_batches_are_the_right_ones(tmp_path_facto
         pictures = [encoded(Image.new("L", (2, 2), n % 251)) for n in range(600)]
         for part, rows in enumerate((range(10), range(10, 550), range(550, 600))):
             table = {"image": pa.array([pictures[n] for n in rows]), "label": pa.array([n % 251 for n in rows])}
-            pq.write_table(pa.table(table), folder / f"train-{part:05d}-of-00003.parquet")
+            pq.write_table(pa.table(table), folder / f"train-{part:05d}-of-00003.parquet", row_group_size=100)
     table = open_tables(source(folder, folder))["train"]
     indices = np.array(sorted(wanted))
     found = [image.getpixel((0, 0)) for image in table.images(indices)]
@@ -233,7 +233,7 @@ def test_cached_pixels_are_those_of_the_images_and_read_only(tiny_data):
 
 
 COUNTED = """
-import os, sys
+import os, sys, time
 from PIL import Image
 from trainables.data import View, load_images
 from trainables.settings import DataSettings
@@ -245,6 +245,7 @@ class Counted:
     def __getitem__(self, index):
         with open(LOG, "a") as log:
             log.write(f"{index}\\n")
+        time.sleep(0.005)
         return Image.new("L", (28, 28), index), index % 3
 
 LOG = os.path.join(os.path.dirname(__file__), "decoded.txt")
@@ -253,6 +254,9 @@ def factory(split):
     return Counted() if split == "train" else None
 
 if __name__ == "__main__":
+    open(f"{LOG}.{os.getpid()}", "w").close()
+    while len(os.listdir(os.path.dirname(LOG))) < 4 and not os.path.exists(LOG):
+        time.sleep(0.001)
     view = View((1, 28, 28), (0.4,), (0.25,), "bicubic", 1.0)
     pixels = load_images(DataSettings(factory="counted.factory", cache_dir=sys.argv[1]), "train", view, 0).pixels
     print(os.stat(pixels.filename).st_ino, int(pixels.sum()))

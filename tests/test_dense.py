@@ -193,7 +193,7 @@ def test_a_model_that_knows_the_data_passes_with_its_figures(task, learnt):
     found = check_dense(replace(task, model=learnt))
     assert found["low"] < found["accuracy"] < found["high"] or found["accuracy"] == 1
     assert found["accuracy"] > 0.8
-    assert (found["images"], found["classes"], found["warnings"]) == (48, CLASSES, [])
+    assert (found["images"], found["classes"], found["carved"]) == (48, CLASSES, [])
     assert found["chance"] == pytest.approx(1 / 3)
 
 
@@ -205,10 +205,9 @@ def test_the_order_of_the_labels_matters(task, learnt, tmp_path):
         check_dense(replace(task, model=replace(learnt, checkpoint=write(tmp_path / "w.safetensors", state))))
 
 
-def test_splits_taken_from_the_training_images_are_warned_about(task, learnt, table_folder):
+def test_splits_taken_from_the_training_images_are_named(task, learnt, table_folder):
     data = replace(task.data, path=str(table_folder / "train.parquet"))
-    (warning,) = check_dense(replace(task, model=learnt, data=data))["warnings"]
-    assert "no val and no test split" in warning
+    assert check_dense(replace(task, model=learnt, data=data))["carved"] == ["val", "test"]
 
 
 def test_checking_a_model_counts_its_units_and_meets_its_data(task):

@@ -17,7 +17,9 @@ from trainables.checkpoints import load_state, save_state
 from trainables.data import View, load_images
 from trainables.dense import build_model
 from trainables.engine import Diverged, Training, distillation_loss, evaluate
+from trainables.importance import rank, taylor_importance
 from trainables.settings import Recipe
+from trainables.tasks import RankTask
 
 CPU = torch.device("cpu")
 VIEW = View((1, SIDE, SIDE), (0.4,), (0.25,), "bicubic", 1.0)
@@ -128,6 +130,26 @@ def test_the_loss_of_an_epoch_is_the_mean_over_its_batches(begin, train, count, 
     assert epoch.images == sum(len(labels) for _, labels in batches)
 
 
+def test_every_epoch_draws_other_crops(begin, train):
+    """All images are one image, and nothing is learnt, so only the crops can make losses differ."""
+    images = replace(train, pixels=np.repeat(train.pixels[:1], 96, 0), labels=np.zeros(96, np.int64))
+    training = begin(replace(RECIPE, lr=0.0, min_lr=0.0, crop_scale=0.3), images=images)
+    assert training.run_epoch().loss != training.run_epoch().loss
+
+
+def test_the_learning_rate_warms_up_and_ends_low_after_all_epochs(begin):
+    recipe = replace(RECIPE, epochs=4, warmup_epochs=1.0, min_lr=1e-5)
+    training, peak = begin(recipe), recipe.lr * recipe.batch_size / 512
+    rates = []
+    for _ in range(4):
+        training.run_epoch()
+        rates.append(training.state_dict()["optimizer"]["param_groups"][0]["lr"])
+    steps = 96 // 32
+    assert rates[0] == pytest.approx(1e-5 + (peak - 1e-5) * (steps - 1) / steps)
+    cosine = [1e-5 + (peak - 1e-5) * (1 + np.cos(np.pi * (n * steps - 1) / (4 * steps))) / 2 for n in (2, 3, 4)]
+    assert rates[1:] == pytest.approx(cosine)
+
+
 def test_a_loss_that_is_no_number_stops_the_training_and_counts_no_epoch(begin):
     training = begin(replace(RECIPE, lr=1e30))
     with pytest.raises(Diverged, match=r"loss became (nan|inf) in epoch 1: lower the learning rate"):
@@ -212,3 +234,28 @@ def test_workers_share_an_epoch_and_epochs_differ(train, world):
 
     assert sorted(seen(0)) == list(range(96))
     assert seen(0) == seen(0) != seen(1)
+
+
+def test_importance_is_the_slope_of_the_loss_in_each_gate(tiny, val):
+    model = build_model(tiny, seed=3)
+    found = taylor_importance(model, val, CPU, 1)
+    pixels, labels = next(val.eval_batches(64))
+    with family_of(model).gates(model) as gates, torch.no_grad():
+
+        def loss_at(gate: torch.Tensor, value: float) -> float:
+            gate.fill_(value)
+            return float(F.cross_entropy(model(pixels).double(), labels))
+
+        slopes = {unit: (loss_at(gate, 1.01) - loss_at(gate, 0.99), gate.fill_(1))[0] for unit, gate in gates.items()}
+    assert found == pytest.approx({unit: abs(slope) / 0.02 for unit, slope in slopes.items()}, rel=0.02, abs=2e-5)
+    assert min(found.values()) > 2e-4
+
+
+def test_a_ranking_has_every_unit_by_growing_importance_and_is_the_same_again(tiny, tiny_data):
+    task = RankTask(tiny, tiny_data, 0, "cpu", 1, batches=2)
+    found = rank(task)
+    for kind in ("attn", "act"):
+        assert sorted(found[kind]) == [0, 1, 2, 3]
+        assert found["importance"][kind] == sorted(found["importance"][kind])
+        assert len(set(found["importance"][kind])) == 4
+    assert found == rank(task)

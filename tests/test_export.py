@@ -16,6 +16,7 @@ import torch
 from search_spaces import family_of
 from search_spaces.plan import PruningPlan, Unit
 from search_spaces.timm_compat import timm
+from trainables.checkpoints import load_state
 from trainables.dense import BadModel, load_weights, read_weights
 from trainables.engine import evaluate
 from trainables.export import BadMerge, check_reloaded, export, load_pruned
@@ -62,7 +63,10 @@ def test_a_finetune_reports_every_epoch_and_leaves_its_weights(finetuned):
     assert json.loads(Path(task.progress).read_text())["epochs"] == reports
     workspace = Workspace(task)
     model = workspace.pruned(PruningPlan.parse(PLAN))
-    load_weights(model, read_weights(task.weights), "")
+    weights, average = read_weights(task.weights), load_state(task.state)["training"]["ema"]
+    assert weights.keys() == average.keys()
+    assert all(torch.equal(weights[name], average[name]) for name in weights)
+    load_weights(model, weights, "")
     assert evaluate(model, workspace.images("val"), workspace.device).mean() == result["accuracy"]
 
 

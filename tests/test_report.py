@@ -11,7 +11,8 @@ import pytest
 
 from dpt_search.config import RunConfig
 from dpt_search.costs_table import write_costs
-from dpt_search.report import headline, missing, read_run, write_report
+from dpt_search.evidence import read_run
+from dpt_search.report import headline, missing, write_report
 from dpt_search.store import BadRun, Finished, Proposed, RunStore, TrialLog
 from search_spaces.plan import Ranking
 from search_spaces.ratios import Cell

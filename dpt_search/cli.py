@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from dpt_search.options import DESCRIPTIONS, parse, read_config, simple_parser
+from dpt_search.options import DESCRIPTIONS, parse, read_config, recorded_config, simple_parser
 from search_spaces import BadInput
 
 HELP = """usage: dpt-search VERB [options]
@@ -17,6 +17,7 @@ Make a Vision Transformer faster by removing whole layers, and search on Ray for
 
   run        everything: from a dense model to a faster one and a report
   resolve    answer another budget from the trials already paid for, with no training
+  tabulate   run every cell with several seeds: a table of the real surface, to judge searches on
   doctor     say what this machine and this model can do
 
 Each stage of a run alone, on a run directory:
@@ -40,8 +41,10 @@ def main(argv: list[str]) -> int:
     verbs: dict[str, Callable[[list[str]], int]] = {
         "run": _run,
         "resolve": _resolve,
+        "tabulate": _tabulate,
         "doctor": _doctor,
         **{verb: _stage(verb) for verb in DESCRIPTIONS if verb != "run"},
+        "report": _report,
     }
     if not argv or argv[0] in ("-h", "--help", "help"):
         stages = "\n".join(f"  {verb:<10} {text}" for verb, text in DESCRIPTIONS.items() if verb != "run")
@@ -60,7 +63,7 @@ def main(argv: list[str]) -> int:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on from here", 130)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         return _fail(str(error), 1)
 
 
@@ -106,8 +109,19 @@ def _do(config: Any, only: str = "") -> None:
             STAGES[name](run)
         if not only:
             print(f"\n{stage_times(run.store)}\n\n{result_table(run.store)}\n")
-        if only in ("", "report"):
             print(f"report: {run.store.path('report.html')}")
+
+
+def _report(argv: list[str]) -> int:
+    """Write the page of a run, which may be under way: nothing of its record is touched."""
+    parser = simple_parser("report", DESCRIPTIONS["report"])
+    parser.add_argument("run", metavar="RUN", help="The run directory.")
+    given = parse(parser, argv)
+    from dpt_search.report import write_report
+    from dpt_search.run import recorded_run
+
+    print(f"report: {write_report(recorded_run(given.run, say).store)}")
+    return 0
 
 
 def _resolve(argv: list[str]) -> int:
@@ -128,6 +142,26 @@ def _resolve(argv: list[str]) -> int:
     from dpt_search.summary import recommendation_table
 
     print(recommendation_table(decide(run, budgets)["budgets"]))
+    return 0
+
+
+def _tabulate(argv: list[str]) -> int:
+    parser = simple_parser("tabulate", "Run every cell with several seeds: a table of the real surface.")
+    parser.add_argument("run", metavar="RUN", help="The run directory, with its dense model, profile and ranking done.")
+    parser.add_argument("--cells", choices=["all", "even"], default="all", help="Even: an even number of units.")
+    parser.add_argument("--seeds", type=int, default=3, help="Trials per cell (default: 3).")
+    parser.add_argument("--shard", default="0/1", help="I/N: every N-th trial from the I-th on (default: 0/1).")
+    given = parse(parser, argv)
+    if given.seeds < 1:
+        raise BadInput(f"--seeds is {given.seeds}, but must be at least 1")
+    from dpt_search.run import configured_run
+    from dpt_search.tabulate import parse_shard, tabulate
+
+    shard = parse_shard(given.shard)
+    with configured_run(recorded_config(given.run), say) as run:
+        place = tabulate(run, given.cells, given.seeds, shard)
+    if place:
+        print(f"table: {place}")
     return 0
 
 

@@ -57,14 +57,24 @@ class RunConfig:
     """Time the profile takes for its measurements."""
     sampler: Literal["map", "tpe", "gp", "cmaes", "qmc", "random", "grid"] = "map"
     """Who proposes trials: map is this product's own, the others are Optuna's."""
+    probe_epochs: int = 0
+    """Epochs of the elastic probe, which gives every cell a cheap accuracy before the search; 0 leaves it out."""
+    probe_lr: float = 0.0
+    """Peak learning rate of the probe at batch size 512; 0: that of a trial."""
+    probe_draw: Literal["uniform", "line"] = "uniform"
+    """What the probe trains on: uniform, all cells alike; line, the budgets alike, and the cells of each."""
+    probe_sandwich: bool = False
+    """Train every batch of the probe as the dense model and as a smallest one too, at three times the cost."""
+    probe_all: bool = False
+    """Evaluate all cells with the probe's weights, not only those of the budgets."""
     trial: Recipe = field(default_factory=Recipe)
     """The short fine-tune of a trial."""
     max_trials: int = 12
     """Number of trials in all, those of earlier starts counted."""
     max_hours: float = 0.0
-    """Stop proposing trials after this long; 0: no limit."""
+    """Stop proposing trials this long after a start; 0: no limit."""
     trial_timeout: float = 0.0
-    """Fail a trial that takes more seconds than this; 0: no limit."""
+    """Fail a trial that takes more seconds than this, looked at after every epoch; 0: no limit."""
     max_concurrent: int = 0
     """Trials at a time; 0: what the cluster holds, at most a quarter of the feasible cells."""
     max_failures: int = 5
@@ -92,7 +102,7 @@ class RunConfig:
 _GROWING = (
     "run_dir", "budget", "finetune_budget", "max_trials", "max_hours", "trial_timeout", "max_concurrent",
     "max_failures", "cpus_per_trial", "devices_per_trial", "finetune.", "finetune_workers", "data.cache_dir",
-    "data.workers", "data.root", "timing_batches", "timing_seconds", "sampler",
+    "data.workers", "data.root", "timing_batches", "timing_seconds", "sampler", "probe_",
 )  # fmt: skip
 """Fields, or groups of them, that a later start may change."""
 
@@ -119,21 +129,24 @@ def check(config: RunConfig) -> None:
     if any(batch < 1 for batch in config.timing_batches) or not config.timing_batches:
         raise BadConfig("timing_batches needs at least one batch size, each at least 1")
     if config.model.new_head and not config.adapt.epochs:
-        raise BadConfig("model.new_head starts an untrained classifier: set adapt_epochs to train it first")
+        raise BadConfig("model.new_head starts an untrained classifier: train it first with --adapt-epochs")
     _check_recipes(config)
 
 
 def _check_recipes(config: RunConfig) -> None:
     for name in ("adapt", "trial", "finetune"):
         recipe: Recipe = getattr(config, name)
-        if (recipe.mixup or recipe.cutmix) and recipe.batch_size % 2:
-            raise BadConfig(f"{name}.batch_size must be even with mixup or cutmix")
+        if not recipe.epochs:
+            continue
+        workers = 1 if name == "trial" else config.finetune_workers
+        if recipe.batch_size % workers:
+            raise BadConfig(f"{name}.batch_size must be a multiple of finetune_workers ({workers})")
+        if (recipe.mixup or recipe.cutmix) and recipe.batch_size // workers % 2:
+            raise BadConfig(f"{name}.batch_size must be even for every worker with mixup or cutmix")
         if config.data.subset and name == "trial" and config.data.subset < recipe.batch_size:
             raise BadConfig(
                 f"data.subset ({config.data.subset}) is smaller than trial.batch_size ({recipe.batch_size})"
             )
-    if config.finetune.batch_size % config.finetune_workers:
-        raise BadConfig("finetune.batch_size must be a multiple of finetune_workers")
 
 
 def _check_numbers(config: RunConfig) -> None:

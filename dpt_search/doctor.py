@@ -23,7 +23,7 @@ _MODEL = """
 from search_spaces import family_of
 from search_spaces.timm_compat import timm
 if not timm.is_model({name!r}):
-    raise SystemExit("timm has no model {name}")
+    raise SystemExit("timm has no model " + {name!r})
 model = timm.create_model({name!r})
 units = family_of(model).units(model)
 kinds = [u.kind for u in units]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 
@@ -14,6 +16,8 @@ from dpt_search.store import BadRun, RunStore
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
+SETTLE_SECONDS = 0.2
+"""Longer than it takes from reading a free lease to writing one's own."""
 
 
 class Lease:
@@ -28,8 +32,13 @@ class Lease:
 
     NAME = "lease.json"
 
-    def __init__(self, store: RunStore) -> None:
-        self._store = store
+    def __init__(self, store: RunStore, lost: Callable[[], None] = _thread.interrupt_main) -> None:
+        """
+        Args:
+            store: the run directory.
+            lost: called once from another thread when a later driver has taken the lease.
+        """
+        self._store, self._lost = store, lost
         self._id = uuid.uuid4().hex
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
@@ -44,7 +53,8 @@ class Lease:
             )
         self._started = time.time()
         self._write()
-        # Of two that started at once, the later write wins and the earlier gives way.
+        # Of two that started at once the later write wins: both have written by the time they look again.
+        time.sleep(SETTLE_SECONDS)
         if not self._is_ours():
             raise BadRun(f"another driver took the run directory {self._store.location!r} at this moment")
         self._thread.start()
@@ -79,8 +89,11 @@ class Lease:
         while not self._stop.wait(HEARTBEAT_SECONDS):
             # A beat that a full disk or a lost connection swallows is no end: the next one may come through.
             with suppress(BadRun):
-                if self._is_ours():
-                    self._write()
+                if not self._is_ours():
+                    # Another driver writes now: this one must not.
+                    self._lost()
+                    return
+                self._write()
 
 
 def _is_alive(holder: dict[str, float | str | int]) -> bool:

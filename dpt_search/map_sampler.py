@@ -34,13 +34,18 @@ class MapSampler(BaseSampler):
     """
 
     def __init__(
-        self, space: RatioSpace, budgets: Sequence[Budget], cost: Callable[[Cell], float] = lambda cell: 1.0
+        self,
+        space: RatioSpace,
+        budgets: Sequence[Budget],
+        cost: Callable[[Cell], float] = lambda cell: 1.0,
+        degree: int = 2,
     ) -> None:
         """
         Args:
             space: the lattice.
             budgets: what the search has to decide.
             cost: of one trial of a cell, in any unit.
+            degree: total degree of the polynomial mean; 0 leaves a constant one.
 
         Raises:
             ValueError: a budget is larger than the space.
@@ -51,7 +56,7 @@ class MapSampler(BaseSampler):
         self._lines = [np.array([self._index[c] for c in budget.feasible(space)]) for budget in budgets]
         self._design = initial_design(space, budgets)
         self._costs = np.array([cost(cell) for cell in self._cells])
-        self._surface = Surface(ratios(space))
+        self._surface = Surface(ratios(space), degree)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Both counts are proposed together."""

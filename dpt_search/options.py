@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from dpt_search.config import BadConfig, RunConfig
-from dpt_search.store import RunStore
+from dpt_search.store import BadRun, RunStore
 from trainables.locations import resolve
 
 EMBEDDED = "package:dpt_search/embedded/fashion_mnist/run.yaml"
@@ -38,7 +38,8 @@ class Parser(ArgumentParser):
         """Return the help with flags as users type them."""
         text: str = super().format_help()
         text = re.sub(r"(?<![\w-])--[a-z_.+]+", lambda m: m[0].replace("_", "-"), text)
-        return text.replace("Literal['cpu', 'cuda', 'npu'], ", "")
+        text = re.sub(r"\(type:\s[^()]*?,\s+default:\s*\)", "", text)
+        return re.sub(r"\(type:\s[^()]*?,\s+default:\s+", "(default: ", text)
 
 
 def config_parser(verb: str, everything: bool) -> Parser:
@@ -58,7 +59,7 @@ def config_parser(verb: str, everything: bool) -> Parser:
         group, _, name = action.dest.partition(".")
         if group in _RECIPES and name not in _SHOWN and not everything:
             action.help = argparse.SUPPRESS
-        if action.dest in ("model", "data"):
+        if action.dest in ("model", "data") or (action.dest == "run_dir" and verb != "run"):
             action.help = argparse.SUPPRESS
     parser.epilog = None if everything else f"dpt-search {verb} --help-all shows every field of the recipes too."
     return parser
@@ -73,6 +74,7 @@ DESCRIPTIONS = {
     "dense": "Open model and data, adapt the model if asked to, and check its accuracy.",
     "profile": "Measure MACs, parameters and seconds of every unit on the target device.",
     "rank": "Order the units within each kind, least important first.",
+    "probe": "Train shared weights for all cells, and evaluate each with them (probe_epochs).",
     "search": "Run trials: plans, each pruned and fine-tuned briefly.",
     "recommend": "Decide which cell is best for every budget.",
     "finetune": "Fine-tune the recommended plan for long.",
@@ -107,6 +109,18 @@ def read_config(verb: str, argv: list[str]) -> RunConfig:
     return RunConfig(**fields)
 
 
+def recorded_config(directory: str) -> RunConfig:
+    """Return the configuration that a run directory has.
+
+    Raises:
+        BadRun: it is no run directory.
+    """
+    recorded = RunStore(directory).read_json("run.json")
+    if recorded is None:
+        raise BadRun(f"{directory!r} is no run directory: it has no run.json")
+    return read_config("dense", [f"--config={json.dumps(recorded['config'])}", directory])
+
+
 def _with_underscores(argument: str) -> str:
     """Write a flag as the dataclass does, and short forms in full."""
     if not argument.startswith("--"):
@@ -127,6 +141,8 @@ def _with_base(argv: list[str], verb: str) -> list[str]:
         return [f"--config={json.dumps(recorded['config'])}", *argv]
     if named & {"model", "data"}:
         return argv
+    if verb != "run" and directory:
+        raise BadConfig(f"{directory!r} is no run directory: begin one with --config, or name its model and data")
     return [f"--config={resolve(EMBEDDED)[1]}", *argv]
 
 

@@ -30,14 +30,12 @@ class Hyperparameters:
         residual: sd of the smooth residual.
         length: length scale of the residual, in ratios.
         noise: sd of one trial about its cell's true accuracy.
-        degree: total degree of the polynomial.
     """
 
     slope: float = 0.2
     residual: float = 0.03
     length: float = 0.35
     noise: float = 0.004
-    degree: int = 2
 
 
 _PRIOR = {"slope": (0.2, 1.0), "residual": (0.03, 1.0), "length": (0.35, 0.4), "noise": (0.004, 0.5)}
@@ -106,18 +104,20 @@ class Posterior:
 class Surface:
     """The model over one lattice."""
 
-    def __init__(self, points: Array) -> None:
+    def __init__(self, points: Array, degree: int = 2) -> None:
         """
         Args:
             points: [cells, 2], the ratios of every cell.
+            degree: total degree of the polynomial; 0 leaves a constant mean.
         """
+        self._terms = monomials(points, degree)[:, 1:]
         self.points = np.asarray(points, dtype=np.float64)
         difference = self.points[:, None, :] - self.points[None, :, :]
         self._squared = (difference**2).sum(-1)
 
     def prior(self, hyper: Hyperparameters) -> Array:
         """Return the prior covariance of all cells' accuracies without the constant, [cells, cells]."""
-        terms = monomials(self.points, hyper.degree)[:, 1:]
+        terms = self._terms
         smooth = np.exp(-0.5 * self._squared / hyper.length**2)
         return hyper.slope**2 * terms @ terms.T + hyper.residual**2 * smooth
 
@@ -160,7 +160,7 @@ class Surface:
     def _negative_log_likelihood(self, data: Data, hyper: Hyperparameters) -> tuple[float, dict[str, float]]:
         """Return the value (up to a constant) and its gradient in the logarithm of each hyperparameter."""
         at = np.ix_(data.cells, data.cells)
-        terms = monomials(self.points[data.cells], hyper.degree)[:, 1:]
+        terms = self._terms[data.cells]
         squared = self._squared[at]
         slope = hyper.slope**2 * terms @ terms.T
         smooth = hyper.residual**2 * np.exp(-0.5 * squared / hyper.length**2)

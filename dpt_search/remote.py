@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,8 @@ from search_spaces import BadInput
 from trainables.devices import DEVICES
 
 OBJECT_STORE_BYTES = 200 * 2**20
+RETRIES = 2
+"""How often work whose worker was lost is given to another."""
 
 
 class StageFailed(RuntimeError):
@@ -33,18 +35,29 @@ def ray_session(config: RunConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     # Tune and Train would print banners and tables of their own.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    # Tune would take Ctrl-C for the end of the search, and the run would go on to the fine-tune.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     import ray
 
-    joined = bool(os.environ.get("RAY_ADDRESS"))
-    local = {} if joined else {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-    ray.init(log_to_driver=False, logging_level="ERROR", **local)
+    own = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    ray.init(log_to_driver=False, logging_level="ERROR", **({} if is_cluster() else own))
     try:
         resource = DEVICES[config.device].resource
         if not ray.cluster_resources().get(resource):
             raise BadConfig(f"device {config.device!r} needs a node with the Ray resource {resource!r}; none has it")
+        wanted = resources(config, config.cpus_per_trial, config.devices_per_trial)
+        if capacity(wanted) < 1 and not is_cluster():
+            held = ray.cluster_resources()
+            lacks = ", ".join(f"{held.get(name, 0):g} of {amount:g} {name}" for name, amount in wanted.items())
+            raise BadConfig(f"a trial does not fit here ({lacks}): set smaller cpus_per_trial or devices_per_trial")
         yield
     finally:
         ray.shutdown()
+
+
+def is_cluster() -> bool:
+    """Say whether Ray was joined, not started here: a cluster may have nodes to come."""
+    return bool(os.environ.get("RAY_ADDRESS"))
 
 
 def resources(config: RunConfig, cpus: float, devices: float) -> dict[str, float]:
@@ -88,14 +101,61 @@ def call(
     """
     import ray
 
-    wanted = resources(config, cpus, devices)
-    cpus, gpus = wanted.pop("CPU"), wanted.pop("GPU", 0)
-    calls = 0 if config.device == "cpu" else 1
-    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, resources=wanted, max_calls=calls, max_retries=2)
-    pending = remote(_call).remote(target, args)
+    remote = _remote(resources(config, cpus, devices), calls=0 if config.device == "cpu" else 1)
+    pending = remote.remote(target, args)
     while not ray.wait([pending], timeout=1.0)[0]:
         on_wait()
-    status, value = ray.get(pending)
+    try:
+        outcome = ray.get(pending)
+    except ray.exceptions.RayError as error:
+        raise StageFailed(f"the worker of {target} was lost: {str(error).strip().splitlines()[0]}") from None
+    return _value(target, outcome)
+
+
+def call_each(wanted: dict[str, float], target: str, jobs: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+    """Call `module:function` once a job, in order, as many at a time as the cluster holds; processes are used again.
+
+    Args:
+        wanted: Ray resources of one call.
+        target: what to call.
+        jobs: the arguments of each call, plain data.
+
+    Yields:
+        Each job's position and result, as they end; None for a job whose worker was lost every time.
+
+    Raises:
+        BadInput: a worker found the user's input wrong.
+        StageFailed: anything else went wrong.
+    """
+    import ray
+
+    remote, left = _remote(wanted, calls=0), list(enumerate(jobs))[::-1]
+    running: dict[Any, int] = {}
+    while running or left:
+        # One more than there is room for: a cluster that grows on demand sees that more is wanted.
+        while left and len(running) < capacity(wanted) + 1:
+            position, args = left.pop()
+            running[remote.remote(target, args)] = position
+        (ended, *_), _ = ray.wait(list(running))
+        try:
+            value = _value(target, ray.get(ended))
+        except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
+            value = None
+        yield running.pop(ended), value
+
+
+def _remote(wanted: dict[str, float], calls: int) -> Any:
+    """Return `_call` as a Ray function whose process ends after so many calls; 0 for never."""
+    import ray
+
+    others = {name: amount for name, amount in wanted.items() if name not in ("CPU", "GPU")}
+    return ray.remote(
+        num_cpus=wanted["CPU"], num_gpus=wanted.get("GPU", 0), resources=others, max_calls=calls, max_retries=RETRIES
+    )(_call)
+
+
+def _value(target: str, outcome: tuple[str, Any]) -> Any:
+    status, value = outcome
     if status == "bad input":
         raise BadInput(value)
     if status == "failed":

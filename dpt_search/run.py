@@ -136,7 +136,7 @@ def open_run(config: RunConfig, say: Callable[[str], None]) -> Run:
         {
             "config": asdict(config),
             "versions": versions(),
-            "commit": _commit(),
+            "commit": commit(),
             "created": recorded["created"] if recorded is not None else time.time(),
             "command": " ".join(sys.argv),
         },
@@ -157,6 +157,16 @@ def recorded_run(location: str, say: Callable[[str], None]) -> Run:
     return Run(replace(RunConfig(), seed=recorded["config"]["seed"], run_dir=location), store, say)
 
 
+def configured_run(config: RunConfig, say: Callable[[str], None]) -> Run:
+    """Open a run directory to add to it, its own record left as it is.
+
+    Raises:
+        BadConfig: the configuration cannot be used.
+    """
+    check(config)
+    return Run(config, RunStore(config.run_dir), say)
+
+
 def base_task(run: Run) -> Task:
     """Return the task of a stage that needs no more than the dense model and the data."""
     return Task(**run.task())
@@ -174,7 +184,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _commit() -> str:
+def commit() -> str:
     """Return the checkout's commit, or nothing where there is no checkout."""
     here = Path(__file__).parent
     try:

@@ -17,32 +17,33 @@ from dpt_search.map_sampler import MapSampler
 from search_spaces.budgets import Budget
 from search_spaces.ratios import Cell, RatioSpace
 
-_Make = Callable[[int, int], BaseSampler]
-"""Makes a sampler from a seed and the number of feasible cells."""
+_Make = Callable[[int], BaseSampler]
+"""Makes a sampler from a seed."""
 
 
-def _tpe(seed: int, cells: int) -> BaseSampler:
+def _tpe(seed: int) -> BaseSampler:
     return optuna.samplers.TPESampler(seed=seed, n_startup_trials=4, multivariate=True, constant_liar=True)
 
 
-def _gp(seed: int, cells: int) -> BaseSampler:
+def _gp(seed: int) -> BaseSampler:
     return optuna.samplers.GPSampler(seed=seed, n_startup_trials=4)
 
 
-def _cmaes(seed: int, cells: int) -> BaseSampler:
+def _cmaes(seed: int) -> BaseSampler:
     return optuna.samplers.CmaEsSampler(seed=seed, n_startup_trials=1, warn_independent_sampling=False)
 
 
-def _qmc(seed: int, cells: int) -> BaseSampler:
+def _qmc(seed: int) -> BaseSampler:
     return optuna.samplers.QMCSampler(seed=seed, scramble=True, warn_independent_sampling=False)
 
 
-def _random(seed: int, cells: int) -> BaseSampler:
+def _random(seed: int) -> BaseSampler:
     return optuna.samplers.RandomSampler(seed=seed)
 
 
-def _grid(seed: int, cells: int) -> BaseSampler:
-    return optuna.samplers.GridSampler({"cell": range(cells)}, seed=seed)
+def _grid(seed: int) -> BaseSampler:
+    # Unlike GridSampler it knows what was tried by its parameters, so that a rebuilt study repeats nothing.
+    return optuna.samplers.BruteForceSampler(seed=seed, avoid_premature_stop=False)
 
 
 PURE: dict[str, _Make] = {
@@ -50,7 +51,7 @@ PURE: dict[str, _Make] = {
 }  # fmt: skip
 """Optuna's samplers by name."""
 
-_SEQUENCES = ("qmc", "grid")
+_SEQUENCES = ("qmc",)
 """Samplers that walk one sequence fixed by their seed, rather than drawing anew for every trial."""
 
 
@@ -124,15 +125,15 @@ def make_sampler(
     """
     if name == "map":
         return MapSampler(space, budgets, cost)
-    cells = len(feasible_cells(space, budgets))
-    return _Seeded(PURE[name], seed, cells, is_sequence=name in _SEQUENCES)
+    feasible_cells(space, budgets)
+    return _Seeded(PURE[name], seed, is_sequence=name in _SEQUENCES)
 
 
 class _Seeded(BaseSampler):
     """Draws every trial from a generator of its own, so that a search rebuilt from its log goes on as it would have."""
 
-    def __init__(self, make: _Make, seed: int, cells: int, *, is_sequence: bool) -> None:
-        self._make, self._seed, self._cells, self._is_sequence = make, seed, cells, is_sequence
+    def __init__(self, make: _Make, seed: int, *, is_sequence: bool) -> None:
+        self._make, self._seed, self._is_sequence = make, seed, is_sequence
         self._sampler = self._new(seed)
         self._drawn = 0
 
@@ -140,7 +141,7 @@ class _Seeded(BaseSampler):
         with warnings.catch_warnings():
             # multivariate and constant_liar are marked experimental.
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return self._make(seed, self._cells)
+            return self._make(seed)
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         if not self._is_sequence:
@@ -169,5 +170,5 @@ class _Seeded(BaseSampler):
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         # The grid would stop the study once it is exhausted; how many trials there are is not a sampler's to decide.
-        if not isinstance(self._sampler, optuna.samplers.GridSampler):
+        if not isinstance(self._sampler, optuna.samplers.BruteForceSampler):
             self._sampler.after_trial(study, trial, state, values)

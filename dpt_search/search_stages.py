@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from dpt_search.config import BadConfig
@@ -14,7 +15,7 @@ from dpt_search.progress import TrialLines
 from dpt_search.recommend import Observation, recommend
 from dpt_search.run import Run, digest_of
 from dpt_search.samplers import cell_of, make_sampler, params_of, search_space
-from dpt_search.store import BadRun, TrialLog
+from dpt_search.store import BadRun, Finished, RunStore, TrialLog
 from search_spaces.budgets import Budget
 from search_spaces.plan import PruningPlan, Ranking
 from search_spaces.ratios import Cell, RatioSpace
@@ -57,6 +58,7 @@ def search(run: Run) -> None:
 
     def work(_: str) -> None:
         if not log.unfinished and len(log.proposed) >= config.max_trials:
+            check_any_finished(log)
             return
         run.start_ray()
         concurrent = _concurrent(run, ranking.space)
@@ -81,16 +83,37 @@ def search(run: Run) -> None:
             checkpoints=run.store.path("checkpoints"),
             timeout=config.trial_timeout,
         )
-        run_search(plan, log, task, run.resources, concurrent, lines.ended)
+        run_search(plan, log, task, run.resources, concurrent, partial(_ended, run.store, lines))
         for name in run.store.names("checkpoints"):
             run.store.delete(f"checkpoints/{name}")
         log.compact()
+        check_any_finished(log)
 
     inputs = [
         run.store.read_json("ranking.json"), config.sampler, str(config.budget), config.max_trials, config.max_hours,
         len(log.unfinished),
     ]  # fmt: skip
     run.stage("search", inputs, "trials", work)
+
+
+def _ended(store: RunStore, lines: TrialLines, record: Finished) -> None:
+    """Say how a trial ended, and delete what it would have gone on from."""
+    store.delete(f"checkpoints/{record.trial:06d}.pt")
+    lines.ended(record)
+
+
+def check_any_finished(log: TrialLog) -> None:
+    """Refuse to go on from trials that all failed.
+
+    Raises:
+        RuntimeError: with the reason of the last one.
+    """
+    if log.finished and all(record.accuracy is None for record in log.finished.values()):
+        last = log.finished[max(log.finished)]
+        raise RuntimeError(
+            f"all {len(log.finished)} trials failed; the last one: {last.error}. Correct that and choose another "
+            "--run-dir, or allow more trials with --max-trials"
+        )
 
 
 def _trial_cost(run: Run, ranking: Ranking) -> Callable[[Cell], float]:

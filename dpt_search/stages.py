@@ -1,6 +1,6 @@
 """The stages of a run, in order; each reads and writes the run directory only.
 
-dense -> profile -> rank -> search -> recommend -> finetune -> export -> report
+dense -> profile -> rank -> probe -> search -> recommend -> finetune -> export -> report
 """
 
 from __future__ import annotations
@@ -8,19 +8,22 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
-from dpt_search.config import RunConfig
+from dpt_search.config import BadConfig, RunConfig
 from dpt_search.costs_table import read_costs, write_costs
+from dpt_search.probe_table import NAME as PROBE
+from dpt_search.probe_table import write_probe
 from dpt_search.progress import EpochLines
 from dpt_search.run import Run, base_task, identity_of
 from dpt_search.search_stages import check_budgets, read_ranking, recommend_stage, search
 from dpt_search.store import BadRun
 from search_spaces.plan import PruningPlan
-from search_spaces.ratios import RatioSpace
+from search_spaces.ratios import Cell, RatioSpace
+from trainables.locations import fingerprint
 from trainables.settings import Recipe
-from trainables.tasks import ExportTask, FinetuneTask, ProfileTask, RankTask
+from trainables.tasks import ExportTask, FinetuneTask, ProbeTask, ProfileTask, RankTask
 
 
 def dense(run: Run) -> None:
@@ -38,13 +41,37 @@ def dense(run: Run) -> None:
         warnings = _limits(config, found.pop("carved"))
         for warning in warnings:
             run.say(f"warning: {warning}")
-        told = {"adapted_epochs": config.adapt.epochs, "units": units, "warnings": warnings}
+        told = {
+            "adapted_epochs": config.adapt.epochs,
+            "units": units,
+            "warnings": warnings,
+            "content": _content(config),
+        }
         run.store.write_json("dense/dense.json", {**found, **told})
 
+    _check_content(run)
     run.stage("dense", identity_of(run.config), "dense/dense.json", work)
+    _clear(run, "dense")
     found = run.store.read_json("dense/dense.json")
     check_budgets(run.config.budgets, RatioSpace(len(found["units"]["attn"]), len(found["units"]["act"])))
     run.say(f"dense accuracy on val {found['accuracy']:.2%} (chance {found['chance']:.1%})")
+
+
+def _content(config: RunConfig) -> dict[str, str]:
+    """Return fingerprints of checkpoint and data: the same path may hold something else later."""
+    found = {}
+    if config.model.checkpoint not in ("", "pretrained"):
+        found["model.checkpoint"] = fingerprint(config.model.checkpoint)
+    if config.data.path:
+        found["data.path"] = fingerprint(config.data.path)
+    return found
+
+
+def _check_content(run: Run) -> None:
+    known = (run.store.read_json("dense/dense.json") or {}).get("content", {})
+    for field, content in _content(run.config).items():
+        if known.get(field, content) != content:
+            raise BadConfig(f"what {field} names has changed since this run began: choose another --run-dir")
 
 
 def _limits(config: RunConfig, carved: list[str]) -> list[str]:
@@ -96,12 +123,43 @@ def rank(run: Run) -> None:
         run.say(f"least important first: attn {_listed(ranking.attn)}; act {_listed(ranking.act)}")
 
 
+def probe(run: Run) -> None:
+    """Train the elastic probe and evaluate cells with its shared weights, where the configuration has a probe."""
+    config = run.config
+    if not config.probe_epochs:
+        run.say("probe: left out (probe_epochs is 0)")
+        return
+    ranking = read_ranking(run)
+    check_budgets(config.budgets, ranking.space)
+    lines = tuple(tuple(budget.feasible(ranking.space)) for budget in config.budgets)
+    cells = list(ranking.space) if config.probe_all else sorted({Cell(0, 0), *(c for line in lines for c in line)})
+    task = ProbeTask(
+        **run.task(config.cpus_per_trial),
+        recipe=replace(
+            config.trial, epochs=config.probe_epochs, lr=config.probe_lr or config.trial.lr, distillation="soft"
+        ),
+        ranking=ranking, lines=lines, cells=tuple(cells), draw=config.probe_draw, sandwich=config.probe_sandwich,
+        weights=run.store.path("probe/model.safetensors"),
+    )  # fmt: skip
+
+    def work(_: str) -> None:
+        run.say(f"probe: {config.probe_epochs} epochs, then {len(cells)} cells with the shared weights")
+        found = run.call("trainables.probe:run_probe", task, cpus=config.cpus_per_trial)
+        told = {name: getattr(task, name) for name in ("draw", "sandwich", "seed")}
+        write_probe(run.store, found.pop("rows"), {**found, **told, "recipe": asdict(task.recipe)})
+
+    told = [asdict(task.recipe), asdict(ranking), cells, task.draw, task.sandwich]
+    run.stage("probe", [identity_of(config), *told, lines if task.draw == "line" else ""], PROBE, work)
+
+
 def finetune(run: Run) -> None:
     """Fine-tune the recommended plan for long on all training images."""
     chosen = chosen_row(run)
     config = run.config
 
     def work(digest: str) -> None:
+        # The record of another plan must not stand beside this one's weights.
+        run.store.delete("finetune/finetune.json")
         run.say(f"fine-tuning {chosen['plan']} for {config.finetune.epochs} epochs")
         plan = PruningPlan.parse(chosen["plan"])
         result = _train(run, run.task(), plan, config.finetune, "finetune", digest)
@@ -110,6 +168,7 @@ def finetune(run: Run) -> None:
         )
 
     run.stage("finetune", _finetune_inputs(run, chosen), "finetune/finetune.json", work)
+    _clear(run, "finetune")
 
 
 def _finetune_inputs(run: Run, chosen: dict[str, Any]) -> Any:
@@ -133,7 +192,8 @@ def chosen_row(run: Run) -> dict[str, Any]:
 def _train(
     run: Run, told: dict[str, Any], plan: PruningPlan, recipe: Recipe, folder: str, digest: str
 ) -> dict[str, Any]:
-    workers = run.config.finetune_workers
+    run.start_ray()
+    workers = _workers(run)
     task = FinetuneTask(
         **told | {"threads": run.config.cpus_per_trial},
         recipe=recipe, plan=str(plan), folder=run.store.path(folder), inputs=digest, workers=workers,
@@ -143,9 +203,25 @@ def _train(
         "trainables.long_finetune:train_with_ray", task, run.resources, cpus=0, on_wait=lines.show
     )
     lines.show()
+    return result
+
+
+def _workers(run: Run) -> int:
+    """Return the number of workers: what was asked for, or what this machine holds; a cluster may still grow."""
+    from dpt_search.remote import capacity, is_cluster
+
+    wanted, held = run.config.finetune_workers, capacity(run.resources)
+    if wanted <= held or is_cluster():
+        return wanted
+    fits = max(n for n in range(1, held + 1) if wanted % n == 0)
+    run.say(f"finetune_workers is {wanted}, but this machine holds {held}: using {fits}")
+    return fits
+
+
+def _clear(run: Run, folder: str) -> None:
+    """Delete what a fine-tune goes on from, once its stage is done and recorded."""
     for name in ("state.pt", "result.json", "progress.json"):
         run.store.delete(f"{folder}/{name}")
-    return result
 
 
 def export(run: Run) -> None:
@@ -186,6 +262,7 @@ STAGES: dict[str, Callable[[Run], Any]] = {
     "dense": dense,
     "profile": profile,
     "rank": rank,
+    "probe": probe,
     "search": search,
     "recommend": recommend_stage,
     "finetune": finetune,

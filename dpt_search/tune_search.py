@@ -233,3 +233,5 @@ def run_search(
         tuner.fit()
     if search.stopped:
         raise SearchFailed(search.stopped)
+    if log.unfinished:
+        raise SearchFailed("the search ended early; the same command goes on from here")

@@ -64,7 +64,8 @@ def refused(folder: Path, *argv: str) -> str:
 def write_run(folder: Path, *, costs: bool = False) -> RunStore:
     """Write the run of a model with four blocks, up to the search's end."""
     store = RunStore(str(folder))
-    store.write_json("run.json", {"config": asdict(CONFIG), "versions": {}, "commit": "", "created": 1.0})
+    told = {"config": asdict(CONFIG), "versions": {}, "commit": "", "created": 1.0, "command": ""}
+    store.write_json("run.json", told)
     order = {"attn": [0, 1, 2, 3], "act": [3, 2, 1, 0]}
     store.write_json("ranking.json", {**order, "importance": {"attn": [1, 2, 3, 4], "act": [4, 3, 2, 1]}})
     store.write_json("stages/rank.json", {"stage": "rank", "inputs": "", "seconds": 1.0, "finished_at": 1.0})
@@ -188,7 +189,11 @@ def test_help_is_readable_and_exits_with_zero(verb: str, capsys: pytest.CaptureF
     assert len(out.splitlines()) > 5
     for machinery in ("<class", "typing.", "<function", "factory>", "==SUPPRESS=="):
         assert machinery not in out
-    for words in [] if verb not in DESCRIPTIONS else ["--model.name", "--max-trials", "--budget", "--trial.lr"]:
+    for words in (
+        []
+        if verb not in DESCRIPTIONS or verb == "report"
+        else ["--model.name", "--max-trials", "--budget", "--trial.lr"]
+    ):
         assert words in out
     assert not verb or not [word for word in out.split() if word.startswith("--") and "_" in word.partition("=")[0]]
 

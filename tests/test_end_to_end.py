@@ -36,9 +36,9 @@ def small(tmp_path_factory) -> Path:
         pq.write_table(table.take(pa.array(np.sort(chosen))), folder / f"{split}.parquet")
     config = yaml.safe_load((EMBEDDED / "run.yaml").read_text())
     config["data"] |= {"path": str(folder), "subset": 320, "cache_dir": str(folder / "cache")}
-    config |= {"max_trials": 4, "max_concurrent": 1, "timing_seconds": 1.0, "rank_batches": 2, "finetune_workers": 1}
+    config |= {"max_trials": 4, "max_concurrent": 1, "timing_seconds": 1.0, "rank_batches": 2}
     config["trial"] |= {"epochs": 2, "batch_size": 32}
-    config["finetune"] |= {"epochs": 2, "batch_size": 32}
+    config["finetune"] |= {"epochs": 4, "batch_size": 32}
     del config["run_dir"]
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     return folder
@@ -121,7 +121,7 @@ class TestAFinishedRun:
         start = time.monotonic()
         done = dpt_search("resolve", finished[0], "--budget", "units=5,9")
         assert done.returncode == 0, done.stderr
-        assert time.monotonic() - start < 15
+        assert time.monotonic() - start < 5
         assert re.search(r"units=5 +\(\d+,\d+\)", done.stdout)
         assert "units=9" in done.stdout
 
@@ -130,11 +130,6 @@ class TestAFinishedRun:
         assert done.returncode == 2
         assert "model.name" in done.stderr
         assert done.stderr.count("\n") == 1
-
-    def test_the_test_split_is_read_by_the_export_alone(self, finished):
-        """The cache has one file a split: test is there only once the export has run."""
-        _, printed = finished
-        assert printed.index("search:") < printed.index("merged and unmerged logits")
 
 
 def test_the_same_serial_run_gives_the_same_trials_and_more_trials_go_on(finished, small, tmp_path):
@@ -187,11 +182,9 @@ def test_a_killed_fine_tune_goes_on_from_its_last_epoch(finished, tmp_path):
         shutil.rmtree(again / name)
     start = command("finetune", again)
     killed_when(start, lambda: (again / "finetune" / "progress.json").exists())
-    first_state = (again / "finetune" / "state.pt").stat().st_mtime_ns
     done = subprocess.run(start, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "going on after epoch 1" in done.stdout
-    assert first_state
+    assert re.search("going on after epoch [123]", done.stdout)
 
     def epochs(run: Path) -> list[tuple[float, float]]:
         found = json.loads((run / "finetune" / "finetune.json").read_text())
@@ -205,9 +198,9 @@ def test_a_trial_whose_worker_is_killed_goes_on_from_its_last_epoch(finished, sm
     shutil.copytree(finished[0], run, ignore=shutil.ignore_patterns("trials", "finetune", "export", "search.json"))
     driver = subprocess.Popen(command("search", run), stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        wait_until(lambda: (run / "checkpoints" / "000001.pt").exists(), driver)
-        (worker,) = workers_of(driver.pid)
-        os.kill(worker, signal.SIGKILL)
+        wait_until(lambda: (run / "checkpoints" / "000001.pt").exists() and workers_of(driver.pid), driver)
+        for worker in workers_of(driver.pid):
+            os.kill(worker, signal.SIGKILL)
         printed, _ = driver.communicate(timeout=200)
     finally:
         if driver.poll() is None:
@@ -242,6 +235,32 @@ def test_a_loss_that_is_not_finite_fails_every_trial_and_the_search_says_so(fini
     log = TrialLog(RunStore(str(broken)))
     assert {record.status for record in log.finished.values()} == {"failed"}
     assert all(record.error for record in log.finished.values())
+
+
+def test_ctrl_c_in_the_search_ends_the_run_there(finished, small, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run, ignore=shutil.ignore_patterns("trials", "finetune", "export", "search.json"))
+    driver = subprocess.Popen(command("run", "--run-dir", run), stderr=subprocess.PIPE, text=True)
+    try:
+        wait_until(lambda: (run / "checkpoints" / "000001.pt").exists(), driver)
+        driver.send_signal(signal.SIGINT)
+        _, said = driver.communicate(timeout=100)
+    finally:
+        driver.kill()
+    assert driver.returncode == 130, said
+    assert "goes on from here" in said
+    log = TrialLog(RunStore(str(run)))
+    assert log.unfinished
+    assert not (run / "stages" / "search.json").exists()
+    assert not (run / "finetune").exists()
+    assert not (run / "lease.json").exists()
+
+
+def test_more_than_the_machine_holds_is_refused(small, tmp_path):
+    done = dpt_search("run", "--config", small / "run.yaml", "--run-dir", tmp_path / "run", "--cpus-per-trial", 4000)
+    assert done.returncode == 2
+    assert "cpus_per_trial" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_random_model_is_refused_before_anything_is_paid_for(small, tmp_path):

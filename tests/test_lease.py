@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,11 +140,13 @@ def test_a_driver_that_slept_does_not_take_the_run_back_from_its_next_holder(
     store: RunStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.01)
-    with Lease(store):
+    lost = threading.Event()
+    with Lease(store, lost.set):
         # Another driver found the lease stale and took it; a beat that was under way may come after it once.
         for _ in range(2):
             write_holder(store, host="elsewhere")
             time.sleep(0.1)
+        assert lost.wait(10)
         assert store.read_json(Lease.NAME)["host"] == "elsewhere"
     assert store.read_json(Lease.NAME)["host"] == "elsewhere"
 

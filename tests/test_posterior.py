@@ -80,9 +80,9 @@ def test_marginal_likelihood_gradient(seed, n):
         assert gradient[name] == pytest.approx((high - low) / 2e-5, rel=1e-3, abs=1e-3)
 
 
-def test_every_hyperparameter_but_the_degree_is_learnt():
+def test_every_hyperparameter_is_learnt():
     _, gradient = SURFACE._negative_log_likelihood(Data.of(np.array([3]), np.array([0.8])), Hyperparameters())
-    assert set(gradient) == {f.name for f in fields(Hyperparameters)} - {"degree"}
+    assert set(gradient) == {f.name for f in fields(Hyperparameters)}
 
 
 def test_repeated_trials_are_averaged():

@@ -34,11 +34,13 @@ def build_model(settings: ModelSettings, *, seed: int = 0, drop_path: float = 0.
         hint = f"; similar: {', '.join(near)}" if near else ""
         raise BadModel(f"timm has no model {settings.name!r}: see timm.list_models(){hint}")
     rate = {"drop_path_rate": drop_path} if drop_path else {}
-    torch.manual_seed(seed)
     try:
-        model = timm.create_model(
-            settings.name, pretrained=settings.checkpoint == "pretrained", **{**settings.kwargs, **rate}
-        )
+        # The caller's own random state is left as it is.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = timm.create_model(
+                settings.name, pretrained=settings.checkpoint == "pretrained", **{**settings.kwargs, **rate}
+            )
     except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
         raise BadModel(f"timm cannot build {settings.name} with {settings.kwargs}: {_first_line(error)}") from None
     if settings.checkpoint not in ("", "pretrained"):

@@ -47,16 +47,24 @@ def _torch_module(device: Device) -> Any:
 
 
 def torch_device(name: str) -> torch.device:
-    """Return the torch device of this process: Ray gives a worker its own accelerators, so the index is 0.
+    """Return the torch device of this process: the current one, which is 0 unless `use_own_device` chose another.
 
     Raises:
         RuntimeError: the device is not available here.
     """
     import torch
 
-    if not _torch_module(DEVICES[name]).is_available():
+    module = _torch_module(DEVICES[name])
+    if not module.is_available():
         raise RuntimeError(f"device {name!r} is not available on this machine; `dpt-search doctor` says what is")
-    return torch.device(name) if name == "cpu" else torch.device(name, 0)
+    return torch.device(name) if name == "cpu" else torch.device(name, module.current_device())
+
+
+def use_own_device(name: str, local_rank: int) -> None:
+    """Choose this worker's accelerator where Ray Train shows all of a node's to each of its workers."""
+    module = _torch_module(DEVICES[name])
+    if name != "cpu" and module.device_count() > 1:
+        module.set_device(local_rank)
 
 
 def synchronise(device: torch.device) -> None:

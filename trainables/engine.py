@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,7 +25,7 @@ from trainables.settings import Recipe
 Module = nn.Module
 
 
-class Diverged(RuntimeError):
+class Diverged(ArithmeticError):
     """The training loss is not a finite number."""
 
 
@@ -66,6 +66,7 @@ class Training:
         world: int = 1,
         workers: int = 0,
         wrap: Callable[[Module], Module] = lambda model: model,
+        passes: int = 1,
     ) -> None:
         """
         Args:
@@ -78,7 +79,8 @@ class Training:
             rank: this worker's number.
             world: number of workers; each trains on its share of every batch.
             workers: loader processes.
-            wrap: makes the distributed form of the model.
+            wrap: makes the form of the model that is called in training: the distributed one, the probe's.
+            passes: forward and backward passes over each batch; their gradients are averaged.
 
         Raises:
             ValueError: there are fewer images than one batch holds.
@@ -91,7 +93,7 @@ class Training:
         self._images, self._recipe, self._device, self._seed = images, recipe, device, seed
         self._teacher = teacher.to(device).eval() if teacher is not None else None
         self._rank, self._world, self._workers = rank, world, workers
-        self._wrapped = wrap(self.model)
+        self._wrapped, self._passes = wrap(self.model), passes
         lr = recipe.lr * recipe.batch_size / 512
         self._optimizer = timm.optim.create_optimizer_v2(
             self.model, opt="adamw", lr=lr, weight_decay=recipe.weight_decay
@@ -147,24 +149,31 @@ class Training:
             pixels, targets = self._mixup(pixels, labels)
         else:
             targets = timm.data.mixup.mixup_target(labels, self.classes, smoothing=self._recipe.label_smoothing)
-        with autocast(self._device, self._recipe.amp):
-            logits = self._wrapped(pixels)
-            loss = self._loss(logits, targets, pixels)
+        taught, total = self._taught(pixels), torch.zeros((), device=self._device)
         self._optimizer.zero_grad()
-        loss.backward()
+        for _ in range(self._passes):
+            with autocast(self._device, self._recipe.amp):
+                loss = self._loss(self._wrapped(pixels), targets, taught) / self._passes
+            loss.backward()
+            total += loss.detach()
         if self._recipe.clip_grad:
             nn.utils.clip_grad_norm_(self.model.parameters(), self._recipe.clip_grad)
         self._optimizer.step()
         if self.ema is not None:
             self.ema.update(self.model, step=step)
-        return loss.detach()
+        return total
 
-    def _loss(self, logits: torch.Tensor, targets: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        loss = F.cross_entropy(logits.float(), targets)
+    def _taught(self, pixels: torch.Tensor) -> torch.Tensor | None:
+        """Return the teacher's logits, shape (B, K), where there is one."""
         if self._teacher is None or self._recipe.distillation == "none":
+            return None
+        with torch.no_grad(), autocast(self._device, self._recipe.amp):
+            return cast(torch.Tensor, self._teacher(pixels).float())
+
+    def _loss(self, logits: torch.Tensor, targets: torch.Tensor, taught: torch.Tensor | None) -> torch.Tensor:
+        loss = F.cross_entropy(logits.float(), targets)
+        if taught is None:
             return loss
-        with torch.no_grad():
-            taught = self._teacher(pixels).float()
         alpha = self._recipe.distillation_alpha
         return (1 - alpha) * loss + alpha * distillation_loss(logits.float(), taught, self._recipe)
 
@@ -210,15 +219,46 @@ def distillation_loss(logits: torch.Tensor, taught: torch.Tensor, recipe: Recipe
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * t * t
 
 
-@torch.inference_mode()
 def evaluate(
     model: Module, images: ImageSet, device: torch.device, *, amp: bool = True, batch_size: int = 256, workers: int = 0
 ) -> NDArray[np.bool_]:
     """Return, for every image in order, whether the model's first choice is right; shape (images,)."""
+    as_it_is = (lambda: None,)
+    return evaluate_each(model, images, device, as_it_is, amp=amp, batch_size=batch_size, workers=workers)[0]
+
+
+@torch.inference_mode()
+def evaluate_each(
+    model: Module,
+    images: ImageSet,
+    device: torch.device,
+    variants: Sequence[Callable[[], None]],
+    *,
+    amp: bool = True,
+    batch_size: int = 256,
+    workers: int = 0,
+) -> NDArray[np.bool_]:
+    """Return whether the first choice of each variant of a model is right for every image, in one pass over the images.
+
+    Args:
+        model: the model.
+        images: what it sees.
+        device: where.
+        variants: each turns the model, in place, into one variant.
+        amp: mixed precision where the device has it.
+        batch_size: images at a time.
+        workers: loader processes.
+
+    Returns:
+        Shape (variants, images).
+    """
     model = model.to(device).eval()
     right = []
     for pixels, labels in images.eval_batches(batch_size, workers):
-        with autocast(device, amp):
-            chosen = model(pixels.to(device)).argmax(dim=1)
-        right.append(chosen.cpu().numpy() == labels.numpy())
-    return np.concatenate(right)
+        pixels, chosen = pixels.to(device), []
+        for become in variants:
+            become()
+            with autocast(device, amp):
+                chosen.append(model(pixels).argmax(dim=1))
+        right.append(torch.stack(chosen).cpu().numpy() == labels.numpy())
+    return np.concatenate(right, axis=1)

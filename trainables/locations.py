@@ -1,5 +1,6 @@
 """Places: local paths, pyarrow.fs URIs and files inside installed packages, all opened the same way."""
 
+import hashlib
 import importlib.resources
 import uuid
 from pathlib import Path, PurePosixPath
@@ -7,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from pyarrow import fs
 
 PACKAGE_SCHEME = "package:"
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
 
 def resolve(location: str) -> tuple[fs.FileSystem, str]:
@@ -72,3 +74,29 @@ def write_bytes(location: str, content: bytes) -> None:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+READ_AT_MOST = 64 * 2**20
+
+
+def fingerprint(location: str) -> str:
+    """Return text that changes when what lies at a location changes; empty when nothing does.
+
+    A file of up to 64 MiB counts by its content, a larger one by size and date, a folder by the names and sizes of its
+    images and tables.
+    """
+    try:
+        filesystem, path = resolve(location)
+        info = filesystem.get_file_info(path)
+    except (ValueError, OSError):
+        return ""
+    if info.type == fs.FileType.Directory:
+        files = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
+        kept = [f for f in files if f.path.lower().endswith((".parquet", *IMAGE_SUFFIXES))]
+        text = "\n".join(sorted(f"{f.path[len(path) :]}:{f.size}" for f in kept))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+    if info.type != fs.FileType.File:
+        return ""
+    if info.size > READ_AT_MOST:
+        return f"{info.size}:{info.mtime_ns}"
+    return hashlib.sha256(read_bytes(location)).hexdigest()[:16]

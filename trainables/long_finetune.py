@@ -14,10 +14,11 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from search_spaces import BadInput
 from search_spaces.plan import PruningPlan
 from trainables.checkpoints import load_state, save_state
-from trainables.devices import DEVICES, describe
-from trainables.engine import Epoch, Training, evaluate
+from trainables.devices import DEVICES, describe, use_own_device
+from trainables.engine import Diverged, Epoch, Training, evaluate
 from trainables.locations import read_bytes, write_bytes
 from trainables.tasks import FinetuneTask
 from trainables.workspace import Workspace, versions
@@ -123,6 +124,8 @@ def train_with_ray(task: FinetuneTask, resources: dict[str, float]) -> dict[str,
         )
         trainer.fit()
     result: dict[str, Any] = json.loads(read_bytes(task.result))
+    if "error" in result:
+        raise BadInput(result["error"])
     return result
 
 
@@ -132,8 +135,13 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
 
     task: FinetuneTask = config["task"]
     rank = train.get_context().get_world_rank()
-    result = finetune(task, train.report, rank=rank, wrap=_distributed if task.workers > 1 else lambda model: model)
-    if rank == 0:
+    use_own_device(task.device, train.get_context().get_local_rank())
+    try:
+        result = finetune(task, train.report, rank=rank, wrap=_distributed if task.workers > 1 else lambda model: model)
+    except (BadInput, Diverged) as error:
+        # Trying again would end the same way: leave the reason, and end without Ray's retries.
+        result = {"error": str(error)}
+    if rank == 0 or "error" in result:
         write_bytes(task.result, json.dumps(result).encode())
 
 

@@ -41,8 +41,8 @@ class PruningTrial(tune.Trainable):
         try:
             trial = self._running()
             record = trial.step()
-        except (ValueError, ArithmeticError, RuntimeError) as error:
-            if self._task.device != "cpu" and not isinstance(error, ValueError | ArithmeticError):
+        except Exception as error:  # whatever it is, it is the trial's end and has to be in its record
+            if self._task.device != "cpu" and isinstance(error, RuntimeError):
                 # An accelerator may be unusable to this process after an error of its own: let the process go.
                 write_bytes(error_location(self._task, self._config["trial"]), _one_line(error).encode())
                 raise

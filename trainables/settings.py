@@ -19,7 +19,7 @@ class ModelSettings:
     """Weights to start from: a path or URI (safetensors, or what torch.load(weights_only=True) reads), 'pretrained'
     for timm's own, empty for random weights."""
     new_head: bool = False
-    """Leave the checkpoint's classifier out and start a new one, for other classes; needs adapt_epochs."""
+    """Leave the checkpoint's classifier out and start a new one, for other classes; needs --adapt-epochs."""
 
 
 @dataclass(frozen=True)

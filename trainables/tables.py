@@ -17,11 +17,10 @@ from PIL import Image, UnidentifiedImageError
 from pyarrow import fs
 
 from search_spaces import BadInput
-from trainables.locations import resolve
+from trainables.locations import IMAGE_SUFFIXES, resolve
 from trainables.settings import DataSettings
 from trainables.splits import Indices
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 _SPLIT_NAMES = {"train": "train", "training": "train", "probe": "probe", "val": "val", "valid": "val",
                 "validation": "val", "test": "test"}  # fmt: skip
 _TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion_mnist": "FashionMNIST"}
@@ -113,7 +112,7 @@ class ParquetTable(Table):
 
     def __init__(self, filesystem: fs.FileSystem, files: Sequence[fs.FileInfo], data: DataSettings) -> None:
         self._filesystem, self._files, self._data = filesystem, files, data
-        self.identity = " ".join(f"{f.path}:{f.size}:{f.mtime_ns}" for f in files)
+        self.identity = " ".join([data.image_column, *(f"{f.path}:{f.size}:{f.mtime_ns}" for f in files)])
         labels = [self._read_labels(file.path) for file in files]
         self._starts = np.cumsum([0, *map(len, labels)])
         self.labels = np.concatenate(labels)
@@ -185,7 +184,14 @@ class DatasetTable(Table):
         if targets is None:
             targets = [dataset[i][1] for i in range(len(dataset))]
         self.labels = np.asarray(targets, np.int64)
-        self.identity = f"{identity}: {len(self.labels)} images"
+        self.identity = f"{identity}: {len(self.labels)} images, {self._sample()}"
+
+    def _sample(self) -> str:
+        """Return a digest of the labels and of a few images: a dataset made by code has no date of its own."""
+        digest = hashlib.sha256(self.labels.tobytes())
+        for index in np.linspace(0, len(self.labels) - 1, min(16, len(self.labels))).astype(int):
+            digest.update(self._dataset[int(index)][0].tobytes())
+        return digest.hexdigest()
 
     def images(self, indices: Indices) -> Iterator[Image.Image]:
         for index in indices:

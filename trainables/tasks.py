@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from search_spaces.plan import Ranking
+from search_spaces.ratios import Cell
 from trainables.settings import DataSettings, ModelSettings, Recipe
 
 
@@ -61,6 +63,31 @@ class TrialTask(Task):
     recipe: Recipe
     checkpoints: str
     timeout: float = 0.0
+
+
+@dataclass(frozen=True)
+class ProbeTask(Task):
+    """The elastic probe.
+
+    Attributes:
+        recipe: how its shared weights are trained.
+        ranking: makes the plans nested.
+        lines: the cells of every budget.
+        cells: the cells to evaluate.
+        draw: `uniform`, over all cells; `line`, over `lines`, and then over the cells of one.
+        sandwich: train every batch as the dense model and as a cell of the most units too.
+        weights: place or URI for the shared weights.
+        images: most images of the split `probe` to evaluate on.
+    """
+
+    recipe: Recipe
+    ranking: Ranking
+    lines: tuple[tuple[Cell, ...], ...]
+    cells: tuple[Cell, ...]
+    draw: str
+    sandwich: bool
+    weights: str
+    images: int = 1000
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,64 @@
+"""probe.parquet: what the elastic probe's shared weights say of each cell."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from dpt_search.store import BadRun, RunStore
+from search_spaces.ratios import Cell
+
+NAME = "probe.parquet"
+SCHEMA = pa.schema(
+    {"n_attn": pa.int64(), "n_act": pa.int64(), "plan": pa.string(), "accuracy": pa.float64(), "images": pa.int64()}
+)
+"""Accuracies are fractions on the split `probe`, over so many images."""
+
+
+@dataclass(frozen=True)
+class ProbeTable:
+    """What the probe found.
+
+    Attributes:
+        cells: the cells that were evaluated; the dense model's is always one of them.
+        accuracies: of each with the shared weights, on the split `probe`; shape (cells,).
+        about: epochs, cost (images times MACs), seconds and so on, as plain data.
+    """
+
+    cells: list[Cell]
+    accuracies: NDArray[np.float64]
+    about: dict[str, Any]
+
+
+def write_probe(store: RunStore, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
+    """Write the rows, with the columns of `SCHEMA`, and what they were made with."""
+    table = pa.Table.from_pylist(rows, SCHEMA.with_metadata({"probe": json.dumps(about)}))
+    stream = io.BytesIO()
+    pq.write_table(table, stream)
+    store.write(NAME, stream.getvalue())
+
+
+def read_probe(store: RunStore) -> ProbeTable | None:
+    """Return what the probe found; None where there was none.
+
+    Raises:
+        BadRun: the file is there and cannot be read.
+    """
+    if not store.exists(NAME):
+        return None
+    try:
+        # Without threads: Arrow aborts a process that ends while its pool is still starting.
+        table = pq.ParquetFile(io.BytesIO(store.read(NAME)), pre_buffer=False).read(use_threads=False)
+        about = json.loads((table.schema.metadata or {})[b"probe"])
+        rows = [(Cell(row["n_attn"], row["n_act"]), row["accuracy"]) for row in table.to_pylist()]
+    except (pa.ArrowException, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or ["?"])[0]
+        raise BadRun(f"cannot read {store.path(NAME)} ({reason}): remove it to have the probe made again") from None
+    return ProbeTable([cell for cell, _ in rows], np.array([accuracy for _, accuracy in rows]), about)

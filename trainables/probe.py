@@ -1,0 +1,139 @@
+"""The elastic probe: one short fine-tune of the dense model whose shared weights give every cell a cheap accuracy.
+
+Every batch draws a random cell and switches its units off by their gates; the ranking makes the cells nested. The dense
+model teaches, as in one-shot architecture search (Yu and Huang 2019, "Universally Slimmable Networks", sections 3.1 and
+3.3: the sandwich rule and distillation in place).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from search_spaces import family_of
+from search_spaces.plan import PruningPlan, Ranking, Unit
+from search_spaces.ratios import Cell
+from trainables.data import ImageSet
+from trainables.devices import describe
+from trainables.engine import Epoch, Training, evaluate_each
+from trainables.locations import write_bytes
+from trainables.tasks import ProbeTask
+from trainables.timing import count_macs
+from trainables.trial import TRAINING_FORWARDS
+from trainables.workspace import Workspace, versions
+
+SANDWICH_PASSES = 3
+"""Passes over a batch under the sandwich rule: the dense model, a cell of the most units, a random cell."""
+
+
+class Elastic(torch.nn.Module):
+    """A model that is another cell at every forward pass; shapes are the model's."""
+
+    def __init__(self, model: torch.nn.Module, ranking: Ranking, cells: Iterator[Cell]) -> None:
+        """
+        Args:
+            model: the model.
+            ranking: translates a cell into a plan.
+            cells: the cell of each pass.
+        """
+        super().__init__()
+        self.model = model
+        self.gates: Mapping[Unit, torch.Tensor] = {}
+        self._ranking, self._cells = ranking, cells
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        switch(self.gates, self._ranking.plan(next(self._cells)))
+        logits: torch.Tensor = self.model(pixels)
+        return logits
+
+
+def switch(gates: Mapping[Unit, torch.Tensor], plan: PruningPlan) -> None:
+    """Close the gates of the plan's units and open all others; gates that are switched take no gradient."""
+    closed = frozenset(plan.units)
+    for unit, gate in gates.items():
+        gate.requires_grad_(False).fill_(float(unit not in closed))
+
+
+def drawn_cells(task: ProbeTask) -> Iterator[Cell]:
+    """Yield the cell of each pass, without end; under the sandwich rule the passes of a batch follow each other."""
+    rng = np.random.default_rng(task.seed)
+    lines: Sequence[Sequence[Cell]] = task.lines if task.draw == "line" else [list(task.ranking.space)]
+    most = max(cell.total for line in lines for cell in line)
+    smallest = sorted({cell for line in lines for cell in line if cell.total == most})
+    while True:
+        if task.sandwich:
+            yield Cell(0, 0)
+            yield smallest[rng.integers(len(smallest))]
+        line = lines[rng.integers(len(lines))]
+        yield line[rng.integers(len(line))]
+
+
+def run_probe(task: ProbeTask) -> dict[str, Any]:
+    """Train the shared weights, write them, and evaluate the task's cells with them.
+
+    Returns:
+        `rows`: one a cell, with n_attn, n_act, plan, accuracy (on the split `probe`) and images; and what it took: `cost`
+        (images times MACs, all of the model being computed whatever is switched off), seconds, losses by epoch.
+
+    Raises:
+        Diverged: the loss is not finite.
+    """
+    start = time.perf_counter()
+    workspace = Workspace(task, drop_path=task.recipe.drop_path)
+    images = workspace.images("probe", task.images)
+    macs = count_macs(workspace.dense, workspace.view.input_size)
+    model, epochs = _train(task, workspace)
+    weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
+    write_bytes(task.weights, safetensors.torch.save(weights))
+    accuracies = evaluate_cells(model, task, images, workspace.device)
+    trained = sum(epoch.images for epoch in epochs)
+    return {
+        "rows": [
+            {
+                "n_attn": cell.n_attn, "n_act": cell.n_act, "plan": str(task.ranking.plan(cell)),
+                "accuracy": accuracy, "images": len(images),
+            }
+            for cell, accuracy in zip(task.cells, accuracies, strict=True)
+        ],
+        "epochs": len(epochs),
+        "losses": [epoch.loss for epoch in epochs],
+        "images": {"train": len(workspace.images("train", task.data.subset)), "probe": len(images)},
+        # The teacher, the dense model, sees every training image once.
+        "cost": macs * (trained * (TRAINING_FORWARDS * _passes(task) + 1) + len(task.cells) * len(images)),
+        "seconds": time.perf_counter() - start,
+        "device": describe(workspace.device),
+        "versions": versions(),
+    }  # fmt: skip
+
+
+def _passes(task: ProbeTask) -> int:
+    return SANDWICH_PASSES if task.sandwich else 1
+
+
+def _train(task: ProbeTask, workspace: Workspace) -> tuple[torch.nn.Module, list[Epoch]]:
+    """Return the trained shared weights as a dense model, and what every epoch did."""
+    model = workspace.pruned(PruningPlan()).to(workspace.device)
+    elastic = Elastic(model, task.ranking, drawn_cells(task))
+    training = Training(
+        model, workspace.images("train", task.data.subset), task.recipe, device=workspace.device, seed=task.seed,
+        teacher=workspace.dense, workers=task.data.workers, wrap=lambda _: elastic, passes=_passes(task),
+    )  # fmt: skip
+    # After the training, whose moving average is a copy of the model: it must have no gates.
+    with family_of(model).gates(model) as elastic.gates:
+        epochs = [training.run_epoch() for _ in range(task.recipe.epochs)]
+    return training.result, epochs
+
+
+def evaluate_cells(model: torch.nn.Module, task: ProbeTask, images: ImageSet, device: torch.device) -> list[float]:
+    """Return the accuracy of every cell of the task with the model's weights; the model stays as it is."""
+    model = model.to(device)
+    with family_of(model).gates(model) as gates:
+        variants = [partial(switch, gates, task.ranking.plan(cell)) for cell in task.cells]
+        right = evaluate_each(model, images, device, variants, amp=task.recipe.amp, workers=task.data.workers)
+    return [float(accuracy) for accuracy in right.mean(axis=1)]

@@ -16,6 +16,7 @@ HELP = """usage: dpt-search VERB [options]
 Make a Vision Transformer faster by removing whole layers, and search on Ray for which ones.
 
   run        everything: from a dense model to a faster one and a report
+  compare    replay searchers over tables of real surfaces
   resolve    answer another budget from the trials already paid for, with no training
   tabulate   run every cell with several seeds: a table of the real surface, to judge searches on
   doctor     say what this machine and this model can do
@@ -42,6 +43,7 @@ def main(argv: list[str]) -> int:
         "run": _run,
         "resolve": _resolve,
         "tabulate": _tabulate,
+        "compare": _compare,
         "doctor": _doctor,
         **{verb: _stage(verb) for verb in DESCRIPTIONS if verb != "run"},
         "report": _report,
@@ -162,6 +164,25 @@ def _tabulate(argv: list[str]) -> int:
         place = tabulate(run, given.cells, given.seeds, shard)
     if place:
         print(f"table: {place}")
+    return 0
+
+
+def _compare(argv: list[str]) -> int:
+    parser = simple_parser("compare", "Replay searchers over tables of real surfaces, at equal cost.")
+    parser.add_argument("tables", metavar="TABLE", nargs="+", help="Tables that `dpt-search tabulate` wrote.")
+    parser.add_argument("--samplers", default="", help="Strategies, separated by commas; empty: all.")
+    parser.add_argument("--budget", default="", help="Budgets decided at once; empty: units=4,6,... up to 5/6 of all.")
+    parser.add_argument("--workers", type=int, default=1, help="Trials at a time.")
+    parser.add_argument("--seeds", type=int, default=30, help="Replays of every strategy.")
+    parser.add_argument("--max_trials", type=int, default=60, help="Trials of every replay.")
+    parser.add_argument("--out", default="", help="Folder for a CSV and a plot of every table; empty: none.")
+    given = parse(parser, argv)
+    from dpt_search.compare_report import run_comparison
+
+    for line in run_comparison(
+        given.tables, given.samplers, given.budget, given.workers, given.seeds, given.max_trials, given.out
+    ):
+        print(line, flush=True)
     return 0
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpt_search.map_predictor import Array
-from dpt_search.strategies import STRATEGIES, Problem, Strategy
+from dpt_search.strategies import STRATEGIES, Problem
 from dpt_search.surface_table import SurfaceTable
 from search_spaces.budgets import Budget
 from search_spaces.ratios import Cell
@@ -68,7 +68,15 @@ class Judge:
         self.floor = np.array([self._lost(line, line[int(np.argmax(seen[line]))]) for line in self._lines])
 
     def observe(self, cell: Cell) -> float:
-        """Return a trial's accuracy: the observed seed's, then that of a seed not drawn yet, then noisy means."""
+        """Return a trial's accuracy: the observed seed's, then that of a seed not drawn yet, then noisy means.
+
+        A cell that the table lacks has the mean of its neighbours, with the noise of one trial.
+        """
+        if cell not in self._index:
+            near = self._near(cell)
+            lost = self.noise * np.sqrt(1 - 1 / len(near))
+            seen = float(np.mean(self._table.accuracies[near, self._observed]))
+            return seen + float(lost * self._random.standard_normal())
         row = self._table.accuracies[self._index[cell]]
         drawn = self._drawn.setdefault(cell, [])
         left = [s for s in range(len(row)) if s not in drawn and np.isfinite(row[s])]
@@ -80,7 +88,13 @@ class Judge:
 
     def cost(self, cell: Cell) -> float:
         """Return a trial's cost, in trials of the dense model."""
-        return float(self._table.costs[self._index[cell]] / self._table.costs[self._index[Cell(0, 0)]])
+        return float(np.mean(self._table.costs[self._near(cell)]) / self._table.costs[self._index[Cell(0, 0)]])
+
+    def _near(self, cell: Cell) -> list[int]:
+        """Return the index of a cell, or of its neighbours where the table lacks it."""
+        if cell in self._index:
+            return [self._index[cell]]
+        return [i for c, i in self._index.items() if abs(c.n_attn - cell.n_attn) + abs(c.n_act - cell.n_act) == 1]
 
     def regret(self, chosen: Sequence[Cell]) -> Array:
         """Return what each budget's choice, or its nearest cell in the table, loses against the best one, [budgets]."""
@@ -122,7 +136,7 @@ def replay(
     asked, spent, now = 0, 0.0, 0.0
     while True:
         while len(running) < workers and asked < max_trials:
-            found = _ask_covered(strategy, table)
+            found = strategy.ask()
             if found is None:
                 break
             heapq.heappush(running, (now + judge.cost(found[1]), found[0], found[1]))
@@ -136,16 +150,6 @@ def replay(
         times.append(now)
         regrets.append(judge.regret(strategy.choose()))
     return Trace(np.array(costs), np.array(times), np.array(regrets), judge.floor)
-
-
-def _ask_covered(strategy: Strategy, table: SurfaceTable) -> tuple[int, Cell] | None:
-    """Ask for a cell; one that the table lacks stands for its nearest."""
-    found = strategy.ask()
-    if found is None or found[1] in table.cells:
-        return found
-    token, cell = found
-    near = min(table.cells, key=lambda c: (abs(c.n_attn - cell.n_attn) + abs(c.n_act - cell.n_act), c))
-    return token, near
 
 
 @dataclass(frozen=True)

@@ -8,22 +8,21 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from dpt_search.config import BadConfig, RunConfig
 from dpt_search.costs_table import read_costs, write_costs
-from dpt_search.probe_table import NAME as PROBE
-from dpt_search.probe_table import write_probe
+from dpt_search.probe_stage import probe
 from dpt_search.progress import EpochLines
 from dpt_search.run import Run, base_task, identity_of
 from dpt_search.search_stages import check_budgets, read_ranking, recommend_stage, search
 from dpt_search.store import BadRun
 from search_spaces.plan import PruningPlan
-from search_spaces.ratios import Cell, RatioSpace
+from search_spaces.ratios import RatioSpace
 from trainables.locations import fingerprint
 from trainables.settings import Recipe
-from trainables.tasks import ExportTask, FinetuneTask, ProbeTask, ProfileTask, RankTask
+from trainables.tasks import ExportTask, FinetuneTask, ProfileTask, RankTask
 
 
 def dense(run: Run) -> None:
@@ -121,35 +120,6 @@ def rank(run: Run) -> None:
     if run.stage("rank", identity_of(run.config), "ranking.json", work):
         ranking = read_ranking(run)
         run.say(f"least important first: attn {_listed(ranking.attn)}; act {_listed(ranking.act)}")
-
-
-def probe(run: Run) -> None:
-    """Train the elastic probe and evaluate cells with its shared weights, where the configuration has a probe."""
-    config = run.config
-    if not config.probe_epochs:
-        run.say("probe: left out (probe_epochs is 0)")
-        return
-    ranking = read_ranking(run)
-    check_budgets(config.budgets, ranking.space)
-    lines = tuple(tuple(budget.feasible(ranking.space)) for budget in config.budgets)
-    cells = list(ranking.space) if config.probe_all else sorted({Cell(0, 0), *(c for line in lines for c in line)})
-    task = ProbeTask(
-        **run.task(config.cpus_per_trial),
-        recipe=replace(
-            config.trial, epochs=config.probe_epochs, lr=config.probe_lr or config.trial.lr, distillation="soft"
-        ),
-        ranking=ranking, lines=lines, cells=tuple(cells), draw=config.probe_draw, sandwich=config.probe_sandwich,
-        weights=run.store.path("probe/model.safetensors"),
-    )  # fmt: skip
-
-    def work(_: str) -> None:
-        run.say(f"probe: {config.probe_epochs} epochs, then {len(cells)} cells with the shared weights")
-        found = run.call("trainables.probe:run_probe", task, cpus=config.cpus_per_trial)
-        told = {name: getattr(task, name) for name in ("draw", "sandwich", "seed")}
-        write_probe(run.store, found.pop("rows"), {**found, **told, "recipe": asdict(task.recipe)})
-
-    told = [asdict(task.recipe), asdict(ranking), cells, task.draw, task.sandwich]
-    run.stage("probe", [identity_of(config), *told, lines if task.draw == "line" else ""], PROBE, work)
 
 
 def finetune(run: Run) -> None:

@@ -16,7 +16,7 @@ def stage_times(store: RunStore) -> str:
         stamp = store.read_json(f"stages/{name}")
         rows.append((stamp["finished_at"], stamp["stage"], duration(stamp["seconds"])))
     ordered = [(stage, text) for _, stage, text in sorted(rows)]
-    return _table(("stage", "time"), ordered)
+    return text_table(("stage", "time"), ordered)
 
 
 def recommendation_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -32,7 +32,7 @@ def recommendation_table(rows: Sequence[dict[str, Any]]) -> str:
         )  # fmt: skip
     batches = "/".join(rows[0]["speedup"]) if rows else ""
     header = ("budget", "cell", "val accuracy", f"speedup at {batches}", "best with", "status", "plan")
-    return _table(header, lines)
+    return text_table(header, lines)
 
 
 def result_table(store: RunStore) -> str:
@@ -51,7 +51,7 @@ def result_table(store: RunStore) -> str:
         speedup = f"{timing['speedup']:.2f}x ({timing['low']:.2f} to {timing['high']:.2f})"
         rows.append((f"speed at batch {batch}", *per_second, speedup))
     title = f"{summary['budget']}: {summary['plan']}  ({dense['images']} test images, {summary['device']})"
-    return f"{title}\n\n{_table(('', 'dense', 'merged', 'change'), rows)}"
+    return f"{title}\n\n{text_table(('', 'dense', 'merged', 'change'), rows)}"
 
 
 def _accuracy(found: dict[str, float]) -> str:
@@ -70,7 +70,7 @@ def _ratio(before: float, after: float) -> str:
     return f"{before / after:.2f}x fewer"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Lay text out in columns."""
     widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
     lines = [

@@ -57,29 +57,29 @@ def switch(gates: Mapping[Unit, torch.Tensor], plan: PruningPlan) -> None:
     """Close the gates of the plan's units and open all others; gates that are switched take no gradient."""
     closed = frozenset(plan.units)
     for unit, gate in gates.items():
-        gate.requires_grad_(False).fill_(float(unit not in closed))
+        gate.requires_grad_(False).fill_(float(unit.index not in {u.index for u in closed}))
 
 
 def drawn_cells(task: ProbeTask) -> Iterator[Cell]:
     """Yield the cell of each pass, without end; under the sandwich rule the passes of a batch follow each other."""
     rng = np.random.default_rng(task.seed)
-    lines: Sequence[Sequence[Cell]] = task.lines if task.draw == "line" else [list(task.ranking.space)]
+    lines: Sequence[Sequence[Cell]] = task.lines if task.draw == "line" else (tuple(task.ranking.space),)
     most = max(cell.total for line in lines for cell in line)
     smallest = sorted({cell for line in lines for cell in line if cell.total == most})
     while True:
         if task.sandwich:
             yield Cell(0, 0)
-            yield smallest[rng.integers(len(smallest))]
-        line = lines[rng.integers(len(lines))]
-        yield line[rng.integers(len(line))]
+            yield smallest[int(rng.integers(len(smallest)))]
+        line = lines[int(rng.integers(len(lines)))]
+        yield line[int(rng.integers(len(line)))]
 
 
 def run_probe(task: ProbeTask) -> dict[str, Any]:
     """Train the shared weights, write them, and evaluate the task's cells with them.
 
     Returns:
-        `rows`: one a cell, with n_attn, n_act, plan, accuracy (on the split `probe`) and images; and what it took: `cost`
-        (images times MACs, all of the model being computed whatever is switched off), seconds, losses by epoch.
+        `rows`: one a cell, with n_attn, n_act, plan, accuracy (on the split `probe`) and images; and what it took:
+        `cost` (images times MACs, those of the dense model: a closed gate saves none), seconds, losses by epoch.
 
     Raises:
         Diverged: the loss is not finite.

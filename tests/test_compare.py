@@ -1,0 +1,134 @@
+"""Replays over tables: fair by construction, whatever the strategy."""
+
+import numpy as np
+import pytest
+
+from dpt_search.compare import POINT, Judge, compare, curve, replay, table_noise
+from dpt_search.strategies import STRATEGIES, walk_cells
+from dpt_search.surface_table import SurfaceTable
+from search_spaces.budgets import Budget
+from search_spaces.ratios import Cell, RatioSpace
+
+SPACE = RatioSpace(6, 6)
+BUDGETS = [Budget(4), Budget(6)]
+NOISE = 0.002
+
+
+def truth(cell: Cell) -> float:
+    return 0.9 - 0.004 * (cell.n_attn - 1) ** 2 - 0.002 * (cell.n_act - 3) ** 2
+
+
+def surface(seeds: int = 4, *, even: bool = False, noise: float = NOISE) -> SurfaceTable:
+    generator = np.random.default_rng(0)
+    cells = [cell for cell in SPACE if not even or cell.total % 2 == 0]
+    means = np.array([truth(cell) for cell in cells])
+    accuracies = means[:, None] + noise * generator.standard_normal((len(cells), seeds))
+    costs = np.array([100.0 - 5 * cell.n_attn for cell in cells])
+    return SurfaceTable(SPACE, cells, accuracies, costs, {})
+
+
+TABLE = surface()
+
+
+def run(name: str, **changes):
+    settings = {"seed": 0, "workers": 1, "max_trials": 12} | changes
+    return replay(changes.pop("table", TABLE), name, BUDGETS, **{k: v for k, v in settings.items() if k != "table"})
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+class TestEveryStrategy:
+    def test_pays_for_every_trial_and_never_for_more(self, name):
+        trace = run(name)
+        assert len(trace.cost) <= 12
+        assert (np.diff(trace.cost) > 0).all()
+        assert trace.cost[-1] <= 12
+        assert (trace.regret >= 0).all()
+
+    def test_is_the_same_again_with_the_same_seed(self, name):
+        np.testing.assert_array_equal(run(name, seed=3).regret, run(name, seed=3).regret)
+
+    def test_more_workers_take_less_time_for_the_same_cost(self, name):
+        one, four = run(name), run(name, workers=4)
+        assert one.time[-1] == pytest.approx(one.cost[-1])
+        assert four.time[-1] < 0.6 * four.cost[-1]
+
+    def test_takes_a_table_with_every_other_cell(self, name):
+        assert np.isfinite(run(name, table=surface(even=True), max_trials=8).regret).all()
+
+
+@pytest.mark.parametrize("name", ["map", "gp-lattice", "grid/lines", "tpe/lines"])
+def test_enough_trials_find_the_best_cells_of_a_quiet_surface(name):
+    trace = run(name, table=surface(noise=1e-5), max_trials=26)
+    assert trace.regret[-1].max() < 0.1 * POINT
+
+
+def test_the_grid_by_lines_tries_every_feasible_cell_once_and_stops():
+    feasible = {cell for budget in BUDGETS for cell in budget.feasible(SPACE)}
+    assert len(run("grid/lines", max_trials=100).cost) == len(feasible)
+
+
+class TestJudge:
+    def test_never_judges_by_what_was_observed(self):
+        table = surface(3)
+        table.accuracies[:, 0] = -1e6
+        judge = Judge(table, BUDGETS, seed=0)
+        assert judge.observe(Cell(0, 4)) == -1e6
+        assert (judge.regret([Cell(0, 4), Cell(0, 6)]) < 1).all()
+
+    def test_the_observed_seed_rotates(self):
+        first = [Judge(TABLE, BUDGETS, seed).observe(Cell(2, 2)) for seed in range(4)]
+        assert first == TABLE.accuracies[TABLE.cells.index(Cell(2, 2))].tolist()
+
+    def test_a_repeated_cell_draws_unseen_seeds_then_noise_of_the_tables_size(self):
+        judge = Judge(TABLE, BUDGETS, seed=1)
+        row = TABLE.accuracies[TABLE.cells.index(Cell(1, 1))]
+        assert sorted(judge.observe(Cell(1, 1)) for _ in range(4)) == sorted(row)
+        more = np.array([judge.observe(Cell(1, 1)) for _ in range(500)])
+        assert more.mean() == pytest.approx(row.mean(), abs=4e-4)
+        assert more.std() == pytest.approx(table_noise(TABLE), rel=0.15)
+
+    def test_the_floor_is_the_regret_of_knowing_all_that_can_be_observed(self):
+        assert Judge(surface(noise=0), BUDGETS, 0).floor.max() == 0
+        assert Judge(surface(noise=0.02), BUDGETS, 0).floor.max() > 0
+
+    def test_noise_is_that_of_the_table(self):
+        assert table_noise(surface(6)) == pytest.approx(NOISE, rel=0.15)
+
+    def test_one_seed_is_not_enough(self):
+        with pytest.raises(ValueError, match="at least two seeds"):
+            Judge(surface(1), BUDGETS, 0)
+
+
+def test_a_curve_averages_replays_and_says_what_reaching_a_target_costs():
+    (found,) = compare(TABLE, ["map"], BUDGETS, seeds=6, workers=1, max_trials=14)
+    assert (found.low <= found.mean).all()
+    assert (found.mean <= found.high).all()
+    assert found.mean[-1] < found.mean[0]
+    assert found.cost_to(1e9) == found.cost[0]
+    assert found.cost_to(-1e9) == float("inf")
+    assert 0 <= found.hit_rate.min() <= found.hit_rate.max() <= 1
+
+
+def test_cost_to_a_target_counts_from_where_the_curve_stays_below():
+    trace = run("walk")
+    grid = np.arange(1.0, 5.0)
+    found = curve("made", [trace], grid)
+    object.__setattr__(found, "mean", np.array([0.001, 0.005, 0.001, 0.001]))
+    assert found.cost_to(0.25) == 3.0
+
+
+def test_the_published_walks_are_the_published_cells():
+    cells = walk_cells(RatioSpace(12, 12))
+    assert len(cells) == 22
+    assert cells[:9] == [Cell(n, 0) for n in range(9)]
+    assert cells[-5:] == [Cell(1, 1), Cell(1, 2), Cell(2, 2), Cell(2, 3), Cell(3, 3)]
+
+
+def test_walk_decides_as_map_does_on_its_samples():
+    space = RatioSpace(12, 12)
+    cells = list(space)
+    accuracies = np.array([[0.9 - 0.001 * (c.n_attn - 2) ** 2 - 0.0005 * (c.n_act - 3) ** 2] * 2 for c in cells])
+    table = SurfaceTable(space, cells, accuracies, np.ones(len(cells)), {})
+    trace = replay(table, "walk", [Budget(8), Budget(10)], seed=0, workers=1, max_trials=30)
+    assert len(trace.cost) == 22
+    assert trace.regret[-1].max() < 1e-9

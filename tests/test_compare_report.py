@@ -1,0 +1,77 @@
+"""The comparison as a command."""
+
+import csv
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dpt_search.compare_report import default_budgets
+from dpt_search.surface_table import write_table
+from search_spaces.plan import Ranking
+from search_spaces.ratios import RatioSpace
+
+SPACE = RatioSpace(4, 4)
+
+
+@pytest.fixture
+def table(tmp_path):
+    ranking, generator = Ranking(tuple(range(4)), tuple(range(4))), np.random.default_rng(0)
+    rows = []
+    for cell in SPACE:
+        for seed in range(2):
+            accuracy = 0.9 - 0.02 * cell.n_attn**2 - 0.005 * cell.n_act**2 + 0.001 * generator.standard_normal()
+            rows.append(
+                {
+                    "n_attn": cell.n_attn, "n_act": cell.n_act, "plan": str(ranking.plan(cell)), "seed": seed,
+                    "removed_accuracy": 0.5, "accuracies": [accuracy], "accuracy": accuracy, "cost": 10.0,
+                    "seconds": 1.0, "start": "dense",
+                }
+            )  # fmt: skip
+    write_table(str(tmp_path / "made.parquet"), SPACE, rows, {})
+    return tmp_path / "made.parquet"
+
+
+def compare(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dpt_search", "compare", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_prints_a_table_and_writes_curve_and_plot(table, tmp_path):
+    out = tmp_path / "out"
+    done = compare(table, "--samplers", "map,grid/lines", "--seeds", 3, "--max-trials", 8, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "grid/lines" in done.stdout
+    assert "25 cells, 2 seeds; units=4, units=6" in done.stdout
+    with (out / "made.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert {row["strategy"] for row in rows} == {"map", "grid/lines"}
+    assert len(rows) == 16
+    assert (out / "made.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--samplers", "nonsense"], "no strategy 'nonsense'"),
+        (["--workers", "0"], "at least 1"),
+        (["--budget", "units=99"], "at most units=8"),
+    ],
+)
+def test_bad_input_is_one_line(table, flags, words):
+    done = compare(table, *flags)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_table_that_is_not_there_is_one_line(tmp_path):
+    done = compare(tmp_path / "nowhere.parquet")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_budgets_compared_by_default():
+    assert [b.units for b in default_budgets(RatioSpace(12, 12))] == [4, 6, 8, 10, 12, 14, 16, 18, 20]

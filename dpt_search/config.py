@@ -67,6 +67,8 @@ class RunConfig:
     """Train every batch of the probe as the dense model and as a smallest one too, at three times the cost."""
     probe_all: bool = False
     """Evaluate all cells with the probe's weights, not only those of the budgets."""
+    design: Literal["lines", "walk", "interleaved"] = "lines"
+    """What the sampler map tries first: ends and middle of the largest budget, or one of the two published walks."""
     trial: Recipe = field(default_factory=Recipe)
     """The short fine-tune of a trial."""
     max_trials: int = 12
@@ -102,7 +104,7 @@ class RunConfig:
 _GROWING = (
     "run_dir", "budget", "finetune_budget", "max_trials", "max_hours", "trial_timeout", "max_concurrent",
     "max_failures", "cpus_per_trial", "devices_per_trial", "finetune.", "finetune_workers", "data.cache_dir",
-    "data.workers", "data.root", "timing_batches", "timing_seconds", "sampler", "probe_",
+    "data.workers", "data.root", "timing_batches", "timing_seconds", "sampler", "design", "probe_",
 )  # fmt: skip
 """Fields, or groups of them, that a later start may change."""
 

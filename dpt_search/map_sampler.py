@@ -39,6 +39,7 @@ class MapSampler(BaseSampler):
         budgets: Sequence[Budget],
         cost: Callable[[Cell], float] = lambda cell: 1.0,
         degree: int = 2,
+        design: str = "lines",
     ) -> None:
         """
         Args:
@@ -46,6 +47,7 @@ class MapSampler(BaseSampler):
             budgets: what the search has to decide.
             cost: of one trial of a cell, in any unit.
             degree: total degree of the polynomial mean; 0 leaves a constant one.
+            design: name in `DESIGNS` of what to try first.
 
         Raises:
             ValueError: a budget is larger than the space.
@@ -54,7 +56,7 @@ class MapSampler(BaseSampler):
         self._cells = list(space)
         self._index = {cell: i for i, cell in enumerate(self._cells)}
         self._lines = [np.array([self._index[c] for c in budget.feasible(space)]) for budget in budgets]
-        self._design = initial_design(space, budgets)
+        self._design = DESIGNS[design](space, budgets)
         self._costs = np.array([cost(cell) for cell in self._cells])
         self._surface = Surface(ratios(space), degree)
 
@@ -140,6 +142,32 @@ def initial_design(space: RatioSpace, budgets: Sequence[Budget]) -> list[Cell]:
     """Return what to try before there is anything to learn from: middle and ends of the largest line, and the dense."""
     line = max(budgets).feasible(space)
     return list(dict.fromkeys([line[len(line) // 2], line[0], line[-1], Cell(0, 0)]))
+
+
+def single_kind_walks(space: RatioSpace) -> list[Cell]:
+    """Return the dense model and two thirds along each kind, one unit at a time."""
+    attn, act = (max(1, round(2 * n / 3)) for n in (space.n_attn, space.n_act))
+    return [Cell(0, 0), *(Cell(a, 0) for a in range(1, attn + 1)), *(Cell(0, g) for g in range(1, act + 1))]
+
+
+def interleaved_walk(space: RatioSpace) -> list[Cell]:
+    """Return the staircase along the diagonal, alternately one activation and one attention more, from (1,1) on."""
+    steps = round((space.n_attn + space.n_act) * 5 / 24)
+    stairs = (Cell((k + 1) // 2, k // 2 + 1) for k in range(1, steps + 1))
+    return [cell for cell in stairs if cell in space]
+
+
+def published_walks(space: RatioSpace) -> list[Cell]:
+    """Return the cells of the published samples, scaled to the space: on 12 + 12 units they are the 22 of HetDPT."""
+    return [*single_kind_walks(space), *interleaved_walk(space)]
+
+
+DESIGNS: dict[str, Callable[[RatioSpace, Sequence[Budget]], list[Cell]]] = {
+    "lines": initial_design,
+    "walk": lambda space, budgets: published_walks(space),
+    "interleaved": lambda space, budgets: [Cell(0, 0), *interleaved_walk(space)],
+}
+"""What is tried before there is anything to learn from, by name."""
 
 
 def ratios(space: RatioSpace) -> Array:

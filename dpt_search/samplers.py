@@ -110,6 +110,7 @@ def make_sampler(
     *,
     seed: int,
     cost: Callable[[Cell], float] = lambda cell: 1.0,
+    design: str = "lines",
 ) -> BaseSampler:
     """Make a sampler whose randomness is a function of the seed and the trial's number.
 
@@ -119,12 +120,13 @@ def make_sampler(
         budgets: what the search has to decide.
         seed: the run's seed.
         cost: of one trial of a cell, in any unit; `map` alone looks at it.
+        design: what `map` tries first.
 
     Raises:
         ValueError: a budget is larger than the space.
     """
     if name == "map":
-        return MapSampler(space, budgets, cost)
+        return MapSampler(space, budgets, cost, design=design)
     feasible_cells(space, budgets)
     return _Seeded(PURE[name], seed, is_sequence=name in _SEQUENCES)
 

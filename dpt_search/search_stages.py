@@ -9,6 +9,8 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from optuna.samplers import BaseSampler
+
 from dpt_search.config import BadConfig
 from dpt_search.costs_table import read_costs
 from dpt_search.progress import TrialLines
@@ -65,9 +67,7 @@ def search(run: Run) -> None:
         lines = TrialLines(run.say, log, config.max_trials, concurrent)
         plan = SearchPlan(
             name=config.sampler,
-            sampler=make_sampler(
-                config.sampler, ranking.space, config.budgets, seed=config.seed, cost=_trial_cost(run, ranking)
-            ),
+            sampler=_sampler(run, ranking),
             distributions=distributions,
             cell_of=lambda params: cell_of(params, ranking.space, config.budgets),
             params_of=lambda cell: params_of(cell, config.sampler, ranking.space, config.budgets),
@@ -114,6 +114,14 @@ def check_any_finished(log: TrialLog) -> None:
             f"all {len(log.finished)} trials failed; the last one: {last.error}. Correct that and choose another "
             "--run-dir, or allow more trials with --max-trials"
         )
+
+
+def _sampler(run: Run, ranking: Ranking) -> BaseSampler:
+    config = run.config
+    cost = _trial_cost(run, ranking)
+    return make_sampler(
+        config.sampler, ranking.space, config.budgets, seed=config.seed, cost=cost, design=config.design
+    )
 
 
 def _trial_cost(run: Run, ranking: Ranking) -> Callable[[Cell], float]:

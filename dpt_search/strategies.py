@@ -11,7 +11,7 @@ import optuna
 from optuna.samplers import BaseSampler
 
 from dpt_search.map_predictor import MapPredictor, NotIdentified
-from dpt_search.map_sampler import MapSampler, ratios
+from dpt_search.map_sampler import MapSampler, published_walks, ratios
 from dpt_search.posterior import Data, Surface
 from dpt_search.samplers import cell_of, make_sampler, search_space
 from search_spaces.budgets import Budget
@@ -189,7 +189,7 @@ class Walk:
     def __init__(self, problem: Problem) -> None:
         self._observed = _Observed(problem, 2)
         self._problem = problem
-        self._cells = walk_cells(problem.space)
+        self._cells = published_walks(problem.space)
         self._asked: list[Cell] = []
 
     def ask(self) -> tuple[int, Cell] | None:
@@ -214,18 +214,6 @@ class Walk:
             mean, _ = predictor.predict(np.array([space.ratios(cell) for cell in line]))
             chosen.append(line[int(mean.argmax())])
         return chosen
-
-
-def walk_cells(space: RatioSpace) -> list[Cell]:
-    """Return the cells of the published samples, scaled to the space: dense, two thirds along each kind, a staircase.
-
-    On 12 + 12 units these are the 22 published cells.
-    """
-    attn, act = (max(1, round(2 * n / 3)) for n in (space.n_attn, space.n_act))
-    steps = round((attn + act) / 16 * 5)
-    stairs = [Cell((k + 1) // 2, k // 2 + 1) for k in range(1, steps + 1)]
-    single = [Cell(a, 0) for a in range(1, attn + 1)] + [Cell(0, g) for g in range(1, act + 1)]
-    return [Cell(0, 0), *single, *(cell for cell in stairs if cell in space)]
 
 
 def _map(problem: Problem) -> Strategy:

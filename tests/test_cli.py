@@ -20,7 +20,7 @@ from dpt_search.store import Finished, Proposed, RunStore, TrialLog
 from trainables.settings import DataSettings, ModelSettings
 
 ROOT = Path(__file__).parent.parent
-VERBS = ("resolve", "doctor", *DESCRIPTIONS)
+VERBS = ("resolve", "doctor", "tabulate", *DESCRIPTIONS)
 CONFIG = RunConfig(
     ModelSettings("vit_tiny_patch16_224"), DataSettings("cifar10"), run_dir="run", budget="units=2,4", max_trials=4
 )

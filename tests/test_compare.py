@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from dpt_search.compare import POINT, Judge, compare, curve, replay, table_noise
-from dpt_search.strategies import STRATEGIES, walk_cells
+from dpt_search.map_sampler import published_walks
+from dpt_search.strategies import STRATEGIES
 from dpt_search.surface_table import SurfaceTable
 from search_spaces.budgets import Budget
 from search_spaces.ratios import Cell, RatioSpace
@@ -118,7 +119,7 @@ def test_cost_to_a_target_counts_from_where_the_curve_stays_below():
 
 
 def test_the_published_walks_are_the_published_cells():
-    cells = walk_cells(RatioSpace(12, 12))
+    cells = published_walks(RatioSpace(12, 12))
     assert len(cells) == 22
     assert cells[:9] == [Cell(n, 0) for n in range(9)]
     assert cells[-5:] == [Cell(1, 1), Cell(1, 2), Cell(2, 2), Cell(2, 3), Cell(3, 3)]

@@ -17,7 +17,7 @@ BASE = RunConfig(ModelSettings("vit_tiny_patch16_224"), DataSettings("cifar10"),
 MAY_GROW = {
     "run_dir", "budget", "finetune_budget", "max_trials", "max_hours", "trial_timeout", "max_concurrent",
     "max_failures", "cpus_per_trial", "devices_per_trial", "finetune_workers", "data.cache_dir", "data.workers",
-    "data.root", "timing_batches", "timing_seconds", "sampler", "probe_epochs", "probe_lr", "probe_draw",
+    "data.root", "timing_batches", "timing_seconds", "sampler", "design", "probe_epochs", "probe_lr", "probe_draw",
     "probe_sandwich", "probe_all", *(f"finetune.{f.name}" for f in fields(Recipe)),
 }  # fmt: skip
 AT_LEAST = {
@@ -48,7 +48,7 @@ def changed(config: RunConfig, name: str, value: Any) -> RunConfig:
 
 
 def other_value(name: str, value: Any) -> Any:
-    choices = {"device": "cuda", "sampler": "tpe"}
+    choices = {"device": "cuda", "sampler": "tpe", "design": "walk"}
     if name in choices:
         return choices[name]
     if isinstance(value, bool):
@@ -135,7 +135,7 @@ def test_a_share_above_one_is_refused_by_name(name: str) -> None:
         ({"finetune_budget": "most"}, "unknown budget 'most'"),
         ({"timing_batches": []}, "timing_batches needs"),
         ({"timing_batches": [1, 0]}, "timing_batches needs"),
-        ({"model.new_head": True}, "adapt_epochs"),
+        ({"model.new_head": True}, "--adapt-epochs"),
         ({"trial.mixup": 0.2, "trial.batch_size": 33}, "trial.batch_size must be even"),
         ({"finetune.cutmix": 0.2, "finetune.batch_size": 33}, "finetune.batch_size must be even"),
         ({"data.subset": 63}, "data.subset (63) is smaller than trial.batch_size (64)"),

@@ -8,7 +8,7 @@ import pytest
 from optuna.trial import TrialState
 
 from dpt_search.config import SAMPLER_NAMES
-from dpt_search.map_sampler import MapSampler, initial_design
+from dpt_search.map_sampler import DESIGNS, MapSampler, initial_design
 from dpt_search.samplers import PURE, cell_of, feasible_cells, make_sampler, params_of, search_space
 from search_spaces.budgets import Budget
 from search_spaces.ratios import Cell, RatioSpace
@@ -118,6 +118,16 @@ def test_a_cell_outside_the_line_has_no_parameters_in_a_pure_search():
 class TestMapSampler:
     def test_begins_with_its_design(self):
         assert sequence("map", SEVERAL, 4) == initial_design(SPACE, SEVERAL)
+
+    @pytest.mark.parametrize("design", DESIGNS)
+    def test_every_design_comes_first_and_lies_in_the_space(self, design):
+        sampler = make_sampler("map", SPACE, SEVERAL, seed=0, design=design)
+        study, wanted = optuna.create_study(direction="maximize", sampler=sampler), DESIGNS[design](SPACE, SEVERAL)
+        assert set(wanted) <= set(SPACE)
+        for cell in wanted:
+            trial, found = ask(study, "map", SEVERAL)
+            assert found == cell
+            study.tell(trial, accuracy(cell))
 
     def test_finds_the_best_cells_of_all_budgets_in_a_dozen_trials(self):
         from dpt_search.recommend import Observation, recommend

@@ -57,7 +57,7 @@ def switch(gates: Mapping[Unit, torch.Tensor], plan: PruningPlan) -> None:
     """Close the gates of the plan's units and open all others; gates that are switched take no gradient."""
     closed = frozenset(plan.units)
     for unit, gate in gates.items():
-        gate.requires_grad_(False).fill_(float(unit.index not in {u.index for u in closed}))
+        gate.requires_grad_(False).fill_(float(unit not in closed))
 
 
 def drawn_cells(task: ProbeTask) -> Iterator[Cell]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import signal
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from types import FrameType
 from typing import Any
 
 import optuna
@@ -188,6 +192,31 @@ def _study_storage(plan: SearchPlan, log: TrialLog) -> optuna.storages.InMemoryS
     return storage
 
 
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Make sure that Ctrl-C ends the search: Ray and Tune may swallow the exception, or turn it into another."""
+    pressed = False
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        pressed = True
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    except Exception:
+        if not pressed:
+            raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
+
+
 def run_search(
     plan: SearchPlan,
     log: TrialLog,
@@ -230,7 +259,8 @@ def run_search(
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
             ),
         )
-        tuner.fit()
+        with _interruptible():
+            tuner.fit()
     if search.stopped:
         raise SearchFailed(search.stopped)
     if log.unfinished:

@@ -242,7 +242,7 @@ def test_ctrl_c_in_the_search_ends_the_run_there(finished, small, tmp_path):
     shutil.copytree(finished[0], run, ignore=shutil.ignore_patterns("trials", "finetune", "export", "search.json"))
     driver = subprocess.Popen(command("run", "--run-dir", run), stderr=subprocess.PIPE, text=True)
     try:
-        wait_until(lambda: (run / "checkpoints" / "000001.pt").exists(), driver)
+        wait_until(lambda: (run / "trials" / "000001-proposed.json").exists(), driver)
         driver.send_signal(signal.SIGINT)
         _, said = driver.communicate(timeout=100)
     finally:
@@ -261,6 +261,18 @@ def test_more_than_the_machine_holds_is_refused(small, tmp_path):
     assert done.returncode == 2
     assert "cpus_per_trial" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "grid"])
+def test_another_sampler_goes_on_from_the_trials_there_are(finished, tmp_path, sampler):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run, ignore=shutil.ignore_patterns("finetune", "export"))
+    done = dpt_search("search", run, "--sampler", sampler, "--max-trials", 6)
+    assert done.returncode == 0, done.stderr
+    assert outcomes(run)[:4] == outcomes(finished[0])
+    log = TrialLog(RunStore(str(run)))
+    assert [log.proposed[n].sampler for n in sorted(log.proposed)] == ["map"] * 4 + [sampler] * 2
+    assert all(log.finished[n].accuracy is not None for n in (4, 5))
 
 
 def test_a_random_model_is_refused_before_anything_is_paid_for(small, tmp_path):

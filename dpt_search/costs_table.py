@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from dpt_search.parquet import first_line, from_bytes, to_bytes
 from dpt_search.store import BadRun, RunStore
 from search_spaces.costs import Cost, UnitCosts
 from search_spaces.plan import Unit
@@ -19,9 +18,7 @@ _SECONDS = "seconds_"
 def write_costs(store: RunStore, device: str, rows: list[dict[str, Any]]) -> None:
     """Write the profile's rows: kind (`dense` for the model as built), index, macs, params, seconds_B and spread_B."""
     table = pa.Table.from_pylist(rows).replace_schema_metadata({"device": device})
-    stream = io.BytesIO()
-    pq.write_table(table, stream)
-    store.write(NAME, stream.getvalue())
+    store.write(NAME, to_bytes(table))
 
 
 def read_costs(store: RunStore) -> UnitCosts | None:
@@ -33,13 +30,13 @@ def read_costs(store: RunStore) -> UnitCosts | None:
     if not store.exists(NAME):
         return None
     try:
-        # Without threads: Arrow aborts a process that ends while its pool is still starting.
-        table = pq.ParquetFile(io.BytesIO(store.read(NAME)), pre_buffer=False).read(use_threads=False)
+        table = from_bytes(store.read(NAME))
         rows = {(row["kind"], row["index"]): _cost(row) for row in table.to_pylist()}
         dense = rows.pop(("dense", -1))
     except (pa.ArrowException, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadRun(f"cannot read {store.path(NAME)} ({reason}): remove it to have it measured again") from None
+        raise BadRun(
+            f"cannot read {store.path(NAME)} ({first_line(error)}): remove it to have it measured again"
+        ) from None
     device = (table.schema.metadata or {}).get(b"device", b"").decode()
     return UnitCosts(dense, {Unit(kind, index): cost for (kind, index), cost in rows.items()}, device)
 

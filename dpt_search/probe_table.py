@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from dpt_search.parquet import first_line, from_bytes, to_bytes
 from dpt_search.store import BadRun, RunStore
 from search_spaces.ratios import Cell
 
@@ -40,9 +39,7 @@ class ProbeTable:
 def write_probe(store: RunStore, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
     """Write the rows, with the columns of `SCHEMA`, and what they were made with."""
     table = pa.Table.from_pylist(rows, SCHEMA.with_metadata({"probe": json.dumps(about)}))
-    stream = io.BytesIO()
-    pq.write_table(table, stream)
-    store.write(NAME, stream.getvalue())
+    store.write(NAME, to_bytes(table))
 
 
 def read_probe(store: RunStore) -> ProbeTable | None:
@@ -54,11 +51,11 @@ def read_probe(store: RunStore) -> ProbeTable | None:
     if not store.exists(NAME):
         return None
     try:
-        # Without threads: Arrow aborts a process that ends while its pool is still starting.
-        table = pq.ParquetFile(io.BytesIO(store.read(NAME)), pre_buffer=False).read(use_threads=False)
+        table = from_bytes(store.read(NAME))
         about = json.loads((table.schema.metadata or {})[b"probe"])
         rows = [(Cell(row["n_attn"], row["n_act"]), row["accuracy"]) for row in table.to_pylist()]
     except (pa.ArrowException, ValueError, KeyError) as error:
-        reason = (str(error).splitlines() or ["?"])[0]
-        raise BadRun(f"cannot read {store.path(NAME)} ({reason}): remove it to have the probe made again") from None
+        raise BadRun(
+            f"cannot read {store.path(NAME)} ({first_line(error)}): remove it to have the probe made again"
+        ) from None
     return ProbeTable([cell for cell, _ in rows], np.array([accuracy for _, accuracy in rows]), about)

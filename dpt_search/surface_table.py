@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from dpt_search.parquet import first_line, from_bytes, to_bytes
 from dpt_search.store import BadRun
 from search_spaces.ratios import Cell, RatioSpace
 from trainables.locations import is_dir, read_bytes, write_bytes
@@ -69,9 +68,7 @@ def write_table(location: str, space: RatioSpace, rows: Sequence[dict[str, Any]]
     """
     told = json.dumps({**provenance, "space": [space.n_attn, space.n_act]})
     table = pa.Table.from_pylist(list(rows), SCHEMA.with_metadata({"provenance": told}))
-    stream = io.BytesIO()
-    pq.write_table(table, stream)
-    write_bytes(location, stream.getvalue())
+    write_bytes(location, to_bytes(table))
 
 
 def read_table(location: str) -> SurfaceTable:
@@ -85,16 +82,14 @@ def read_table(location: str) -> SurfaceTable:
     """
     try:
         place = f"{location.rstrip('/')}/{NAME}" if is_dir(location) else location
-        # Without threads: Arrow aborts a process that ends while its pool is still starting.
-        table = pq.ParquetFile(io.BytesIO(read_bytes(place)), pre_buffer=False).read(use_threads=False)
+        table = from_bytes(read_bytes(place))
         provenance = json.loads((table.schema.metadata or {})[b"provenance"])
         rows = table.select(["n_attn", "n_act", "seed", "accuracy", "cost"]).to_pylist()
         space = RatioSpace(*provenance["space"])
     except FileNotFoundError:
         raise BadRun(f"no table at {location!r}: `dpt-search tabulate RUN` makes one") from None
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        reason = (str(error).splitlines() or ["?"])[0]
-        raise BadRun(f"cannot read the table {location!r} ({type(error).__name__}: {reason})") from None
+        raise BadRun(f"cannot read the table {location!r} ({type(error).__name__}: {first_line(error)})") from None
     return _table(space, rows, provenance)
 
 

@@ -23,16 +23,12 @@ from dpt_search.costs_table import write_costs
 from dpt_search.remote import StageFailed
 from dpt_search.run import configured_run
 from dpt_search.store import BadRun, RunStore
-from dpt_search.surface_table import SCHEMA, read_table, write_table
+from dpt_search.surface_table import read_table
 from dpt_search.tabulate import Job, jobs_of, parse_shard, spread, tabulate, wanted_cells
 from search_spaces import BadInput
 from search_spaces.plan import PruningPlan
 from search_spaces.ratios import Cell, RatioSpace
 from trainables.settings import DataSettings, ModelSettings, Recipe
-from trainables.table_trial import run_trial
-from trainables.tasks import TrialTask
-from trainables.trial import Trial
-from trainables.workspace import Workspace
 
 ROOT = Path(__file__).parents[1]
 SPACE = RatioSpace(2, 3)
@@ -265,66 +261,6 @@ def test_a_run_without_ranking_is_told_what_to_run(config: RunConfig, name: str,
     Path(config.run_dir, name).unlink()
     with pytest.raises(BadRun, match=rf"run `dpt-search {verb}` on it first"):
         make(config)
-
-
-def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadRun, match="no table at"):
-        read_table(str(tmp_path))
-    (tmp_path / "table.parquet").write_bytes(b"PAR1")
-    with pytest.raises(BadRun, match="cannot read the table"):
-        read_table(str(tmp_path / "table.parquet"))
-    pq.write_table(SCHEMA.empty_table(), tmp_path / "other.parquet")
-    with pytest.raises(BadRun, match="cannot read the table"):
-        read_table(str(tmp_path / "other.parquet"))
-
-
-def test_what_is_missing_is_nan(tmp_path: Path) -> None:
-    place = str(tmp_path / "partial.parquet")
-    row = {"plan": "x", "removed_accuracy": 0.1, "accuracies": [0.5], "seconds": 1.0, "start": "dense"}
-    rows = [
-        {**row, "n_attn": 1, "n_act": 0, "seed": 1, "accuracy": 0.5, "cost": 4.0},
-        {**row, "n_attn": 0, "n_act": 1, "seed": 0, "accuracy": None, "cost": 9.0},
-    ]
-    write_table(place, SPACE, rows, {"command": "mine"})
-    table = read_table(place)
-    assert table.cells == [Cell(0, 1), Cell(1, 0)]
-    assert np.array_equal(table.accuracies, [[np.nan, np.nan], [np.nan, 0.5]], equal_nan=True)
-    assert np.array_equal(table.costs, [np.nan, 4.0], equal_nan=True)
-    assert table.provenance["command"] == "mine"
-
-
-@pytest.fixture
-def task(tiny: ModelSettings, tiny_data: DataSettings, tmp_path: Path) -> TrialTask:
-    return TrialTask(tiny, tiny_data, 0, "cpu", 1, RECIPE, str(tmp_path / "states"))
-
-
-def test_the_worker_runs_the_trial_the_search_would(task: TrialTask, tmp_path: Path) -> None:
-    own = replace(task, checkpoints=str(tmp_path / "own"))
-    trial = Trial(Workspace(own), own, 0, PruningPlan.parse("attn:1 act:2"), seed=7)
-    expected = [trial.step() for _ in range(2)][-1]
-    found = run_trial(task, 0, "attn:1 act:2", 7)
-    assert found["accuracies"] == expected["accuracies"]
-    assert found["removed_accuracy"] == expected["removed_accuracy"]
-    assert found["cost"] == expected["cost"]
-    assert found["images"] == {"train": 96, "val": 48}
-    assert found["error"] == ""
-
-
-def test_a_process_loads_the_model_once(task: TrialTask, monkeypatch: pytest.MonkeyPatch) -> None:
-    built: list[str] = []
-    original = Workspace.pruned
-    monkeypatch.setattr(Workspace, "pruned", lambda self, plan: built.append(id(self)) or original(self, plan))
-    for number in range(2):
-        run_trial(task, number, "attn:1", number)
-    assert len(built) == 2
-    assert len(set(built)) == 1
-
-
-def test_a_trial_that_diverges_says_so_and_the_next_one_runs(task: TrialTask) -> None:
-    found = run_trial(replace(task, recipe=replace(RECIPE, lr=1e30)), 0, "attn:1", 0)
-    assert found["error"].startswith("Diverged: the loss became ")
-    assert "\n" not in found["error"]
-    assert run_trial(task, 1, "attn:1", 0)["error"] == ""
 
 
 def command(*arguments: object) -> list[str]:

@@ -47,7 +47,8 @@ class View:
             BadData: mean and std do not have one value per channel.
         """
         config = timm.data.resolve_model_data_config(model)
-        channels = model.patch_embed.proj.weight.shape[1]
+        # A hybrid has convolutions of its own before the projection.
+        channels = next(p for p in model.patch_embed.parameters() if p.dim() == 4).shape[1]
         mean, std = tuple(data.mean or config["mean"]), tuple(data.std or config["std"])
         if len(mean) != channels or len(std) != channels:
             raise BadData(f"the model takes {channels} channels, so data.mean and data.std need {channels} values each")

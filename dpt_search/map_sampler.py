@@ -12,9 +12,10 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from dpt_search.blend import Blend
 from dpt_search.knowledge_gradient import knowledge_gradient
 from dpt_search.map_predictor import Array
-from dpt_search.posterior import Data, Posterior, Surface
+from dpt_search.posterior import Data, Posterior
 from search_spaces.budgets import Budget
 from search_spaces.ratios import Cell, RatioSpace
 
@@ -26,11 +27,11 @@ _INDIFFERENT = 1e-9
 class MapSampler(BaseSampler):
     """Proposes the cell whose trial is worth most to the decisions asked for, per unit of cost.
 
-    The worth is the knowledge gradient summed over the budgets, under the blend of polynomial and observations (see
-    `posterior`). Trials that still run count as if they ended as predicted. The study's objective is the accuracy, to
-    be maximised, or a loss, to be minimised; its parameters are `n_attn` and `n_act`.
+    The worth is the knowledge gradient summed over the budgets, under the blend of polynomial, hints and observations
+    (see `posterior` and `blend`). Trials that still run count as if they ended as predicted. The study's objective is
+    the accuracy, to be maximised, or a loss, to be minimised; its parameters are `n_attn` and `n_act`.
 
-    A proposal is a function of the trials of the study alone: no randomness, no state of its own.
+    A proposal is a function of the trials of the study and of the hints alone: no randomness, no state of its own.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class MapSampler(BaseSampler):
         cost: Callable[[Cell], float] = lambda cell: 1.0,
         degree: int = 2,
         design: str = "lines",
+        hints: Callable[[], Sequence[Array]] = tuple,
     ) -> None:
         """
         Args:
@@ -48,6 +50,8 @@ class MapSampler(BaseSampler):
             cost: of one trial of a cell, in any unit.
             degree: total degree of the polynomial mean; 0 leaves a constant one.
             design: name in `DESIGNS` of what to try first.
+            hints: asked before every proposal for the earlier surfaces there are by now, [cells] each, in units of
+                accuracy; there may come more, and those that came stay.
 
         Raises:
             ValueError: a budget is larger than the space.
@@ -57,8 +61,11 @@ class MapSampler(BaseSampler):
         self._index = {cell: i for i, cell in enumerate(self._cells)}
         self._lines = [np.array([self._index[c] for c in budget.feasible(space)]) for budget in budgets]
         self._design = DESIGNS[design](space, budgets)
+        self._hinted_design = hinted_design(space, budgets) if design == "lines" else self._design
         self._costs = np.array([cost(cell) for cell in self._cells])
-        self._surface = Surface(ratios(space), degree)
+        self._degree, self._hints = degree, hints
+        self._blend = Blend(ratios(space), degree)
+        self._known = 0
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Both counts are proposed together."""
@@ -106,17 +113,23 @@ class MapSampler(BaseSampler):
         """
         succeeded = {cell for cell, _ in done}
         touched = succeeded | set(running) | set(failed)
-        for cell in self._design:
+        self._take_hints()
+        for cell in self._hinted_design if self._known else self._design:
             if self._index[cell] not in touched:
                 return self._index[cell]
         if not done:
             # Nothing to learn from yet, more workers than design: what is nearest to it and not under way.
             return next((i for i in np.concatenate(self._lines).tolist() if i not in touched), int(self._lines[-1][0]))
         cells, accuracies = (np.array(values) for values in zip(*done, strict=True))
-        beliefs = self._surface.posterior(Data.of(cells, accuracies)).with_pending(np.array(running, dtype=np.int64))
+        beliefs = self._blend.posterior(Data.of(cells, accuracies)).with_pending(np.array(running, dtype=np.int64))
         worth = self._worth(beliefs)
         worth[[cell for cell in failed if cell not in succeeded]] = -np.inf
         return int(np.argmax(worth))
+
+    def _take_hints(self) -> None:
+        hints = self._hints()
+        if len(hints) != self._known:
+            self._blend, self._known = Blend(ratios(self._space), self._degree, hints), len(hints)
 
     def _worth(self, beliefs: Posterior) -> Array:
         """Return the value of one trial of every cell per unit of cost."""
@@ -139,9 +152,22 @@ class MapSampler(BaseSampler):
 
 
 def initial_design(space: RatioSpace, budgets: Sequence[Budget]) -> list[Cell]:
-    """Return what to try before there is anything to learn from: middle and ends of the largest line, and the dense."""
-    line = max(budgets).feasible(space)
-    return list(dict.fromkeys([line[len(line) // 2], line[0], line[-1], Cell(0, 0)]))
+    """Return what to try before there is anything to learn from.
+
+    Of the middle budget's line the middle and, a sixth of its length inside, both ends: the ends themselves lie beyond
+    cliffs more often than not. For several budgets the dense model too, which tells how far the plateau goes.
+    """
+    ordered = sorted(budgets)
+    line = ordered[len(ordered) // 2].feasible(space)
+    inside = round(len(line) / 6)
+    cells = [line[len(line) // 2], line[-1 - inside], line[inside], *([Cell(0, 0)] if len(budgets) > 1 else [])]
+    return list(dict.fromkeys(cells))
+
+
+def hinted_design(space: RatioSpace, budgets: Sequence[Budget]) -> list[Cell]:
+    """Return what to try first where there are hints: the middle of the largest budget and of the smallest."""
+    lines = (max(budgets).feasible(space), min(budgets).feasible(space))
+    return list(dict.fromkeys(line[len(line) // 2] for line in lines))
 
 
 def single_kind_walks(space: RatioSpace) -> list[Cell]:

@@ -1,15 +1,27 @@
-"""The blend: MAP's polynomial as a Bayesian mean, a smooth residual, and trial noise. Arrays in, arrays out.
+"""The blend over one lattice: polynomial, hints, a smooth residual, and trial noise. Arrays in, arrays out.
 
-    accuracy(cell) = constant + polynomial(ratios) + residual(ratios) + noise of the trial
+    accuracy(cell) = constant + polynomial(ratios) + hints(cell) + residual(cell) + noise of the trial
 
-The constant has a flat prior, the polynomial's other coefficients zero-centred normal ones, and the residual is a
-Gaussian process, so predictions are proper from the first observation on. With flat priors on the coefficients and no
-residual it is MapPredictor.
+The constant has a flat prior and every other part a normal one, so predictions are proper from the first observation
+on. With flat priors on the polynomial and nothing else it is MapPredictor.
+
+The residual is made for what real surfaces look like:
+- it is a sum of one function per kind of unit and a smaller joint one, because the kinds nearly add up: any trial
+  tells of its whole row and its whole column;
+- its distances are in the logarithm of the units that are left, because the next removal matters more the fewer are
+  left: a plateau at first, steep at the end;
+- the removal of the last unit of a kind is a cliff, taken to be one until seen otherwise: without any attention tokens
+  cannot mix. Cells beyond it tell little of the others.
+
+A hint is an earlier surface, such as the elastic probe's. Its coefficient is learnt, from 1 on (all hints together),
+and so is one each for its mean over rows, its mean over columns and what they leave, because one kind of unit may
+recover better than the hint knows.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 
 import numpy as np
@@ -19,6 +31,8 @@ from scipy.optimize import minimize
 from dpt_search.map_predictor import Array, monomials
 
 _JITTER = 1e-10
+_FIT_CELLS = 64
+"""Observed cells that the hyperparameters are learnt from, at most: more make them no better and take longer."""
 
 
 @dataclass(frozen=True)
@@ -27,19 +41,34 @@ class Hyperparameters:
 
     Attributes:
         slope: prior sd of the polynomial's coefficients of degree >= 1, over ratios from 0 to 1.
-        residual: sd of the smooth residual.
-        length: length scale of the residual, in ratios.
+        hint: prior sd of each hint's coefficient about its share of 1.
+        shape: prior sd of the coefficients of each hint's parts.
+        single: sd of the residual's function of one kind.
+        joint: sd of its function of both kinds.
+        length: length scale of both, where 1 is the way from all units to none.
+        cliff_attn: expected loss without any attention; its sd is a third of that.
+        cliff_act: the same without any activation.
         noise: sd of one trial about its cell's true accuracy.
     """
 
     slope: float = 0.2
-    residual: float = 0.03
-    length: float = 0.35
+    hint: float = 0.3
+    shape: float = 0.2
+    single: float = 0.05
+    joint: float = 0.02
+    length: float = 0.5
+    cliff_attn: float = 0.3
+    cliff_act: float = 0.03
     noise: float = 0.004
 
 
-_PRIOR = {"slope": (0.2, 1.0), "residual": (0.03, 1.0), "length": (0.35, 0.4), "noise": (0.004, 0.5)}
-"""Log-normal priors: median, and sd of the logarithm."""
+_WIDTH = {
+    "slope": 1.0, "hint": 0.7, "shape": 1.0, "single": 1.0, "joint": 1.0, "length": 0.4, "cliff_attn": 1.0,
+    "cliff_act": 1.0, "noise": 0.5,
+}  # fmt: skip
+"""Priors are log-normal: their medians are the defaults, and these the sd of the logarithms."""
+_HINTED = {"slope": 0.05, "single": 0.02, "joint": 0.007, "cliff_attn": 0.03, "cliff_act": 0.02}
+"""Medians where there are hints: what these leave to explain is smaller."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +100,14 @@ class Data:
         where, accuracies = where[order], np.asarray(accuracies, dtype=np.float64)[order]
         means = np.bincount(where, accuracies, minlength=len(unique)) / counts
         return cls(unique, means, counts.astype(np.float64), float(np.sum((accuracies - means[where]) ** 2)))
+
+    def thinned(self, most: int) -> Data:
+        """Return at most so many of the cells, evenly taken from all."""
+        if len(self.cells) <= most:
+            return self
+        kept = np.linspace(0, len(self.cells) - 1, most).round().astype(int)
+        share = float(np.sum(self.counts[kept] - 1) / max(1.0, np.sum(self.counts - 1)))
+        return Data(self.cells[kept], self.means[kept], self.counts[kept], share * self.scatter)
 
 
 @dataclass(frozen=True)
@@ -104,22 +141,49 @@ class Posterior:
 class Surface:
     """The model over one lattice."""
 
-    def __init__(self, points: Array, degree: int = 2) -> None:
+    def __init__(self, points: Array, degree: int = 2, hints: Sequence[Array] = ()) -> None:
         """
         Args:
-            points: [cells, 2], the ratios of every cell.
+            points: [cells, 2], the ratios of every cell of a full lattice.
             degree: total degree of the polynomial; 0 leaves a constant mean.
+            hints: [cells] each, earlier surfaces, in units of accuracy.
         """
-        self._terms = monomials(points, degree)[:, 1:]
-        self.points = np.asarray(points, dtype=np.float64)
-        difference = self.points[:, None, :] - self.points[None, :, :]
-        self._squared = (difference**2).sum(-1)
+        points = np.asarray(points, dtype=np.float64)
+        levels = [np.unique(points[:, axis], return_inverse=True)[1] for axis in (0, 1)]
+        self._edges = [1.0 * (level == level.max()) if level.max() else np.zeros(len(level)) for level in levels]
+        self._features = {}
+        self._hinted = np.mean([hint - hint.mean() for hint in hints], axis=0) if hints else np.zeros(len(points))
+        if degree:
+            self._features["slope"] = monomials(points, degree)[:, 1:]
+        if hints:
+            self._features["hint"] = np.stack([hint - hint.mean() for hint in hints], axis=1)
+            self._features["shape"] = np.concatenate([_parts(hint, *levels) for hint in hints], axis=1)
+        self._squared = np.stack([_squared_distances(level) for level in levels])
+        self.names = (*self._features, "single", "joint", "length", "cliff_attn", "cliff_act", "noise")
 
     def prior(self, hyper: Hyperparameters) -> Array:
         """Return the prior covariance of all cells' accuracies without the constant, [cells, cells]."""
-        terms = self._terms
-        smooth = np.exp(-0.5 * self._squared / hyper.length**2)
-        return hyper.slope**2 * terms @ terms.T + hyper.residual**2 * smooth
+        return np.sum(list(self._parts_of_prior(hyper, slice(None)).values()), axis=0)
+
+    def _mean(self, hyper: Hyperparameters) -> Array:
+        """Return the prior mean of all cells without the constant, [cells]."""
+        return self._hinted - hyper.cliff_attn * self._edges[0] - hyper.cliff_act * self._edges[1]
+
+    def _parts_of_prior(self, hyper: Hyperparameters, cells: np.ndarray | slice) -> dict[str, Array]:
+        """Return what each part adds to the covariance of some cells."""
+        sd = asdict(hyper)
+        parts = {name: sd[name] ** 2 * each[cells] @ each[cells].T for name, each in self._features.items()}
+        attn, act = np.exp(-0.5 * self._squared[:, cells][:, :, cells] / hyper.length**2)
+        parts["single"] = hyper.single**2 * (attn + act)
+        parts["joint"] = hyper.joint**2 * attn * act
+        # Half of the fall is the same all along the edge, the other half changes smoothly.
+        parts["cliff_attn"] = hyper.cliff_attn**2 / 9 * self._edge(0, cells) * (1 + act) / 2
+        parts["cliff_act"] = hyper.cliff_act**2 / 9 * self._edge(1, cells) * (1 + attn) / 2
+        return parts
+
+    def _edge(self, axis: int, cells: np.ndarray | slice) -> Array:
+        edge = self._edges[axis][cells]
+        return np.outer(edge, edge)
 
     def posterior(self, data: Data, hyper: Hyperparameters | None = None) -> Posterior:
         """Return the posterior of all cells.
@@ -128,67 +192,85 @@ class Surface:
             data: at least one observation.
             hyper: fixed hyperparameters; None learns them by `fit`.
         """
-        hyper = hyper or self.fit(data)
+        hyper = hyper or self.fit(data)[0]
         prior = self.prior(hyper)
         across = prior[data.cells]
         lower = np.linalg.cholesky(across[:, data.cells] + np.diag(hyper.noise**2 / data.counts + _JITTER))
         half = solve_triangular(lower, across, lower=True)
         ones = solve_triangular(lower, np.ones(len(data.cells)), lower=True)
-        seen = solve_triangular(lower, data.means, lower=True)
+        expected = self._mean(hyper)
+        seen = solve_triangular(lower, data.means - expected[data.cells], lower=True)
         # The constant has a flat prior: its generalised least-squares estimate, and what that leaves uncertain.
         precision = float(ones @ ones)
         constant = float(ones @ seen) / precision
         unexplained = 1 - half.T @ ones
-        mean = constant + half.T @ (seen - constant * ones)
+        mean = expected + constant + half.T @ (seen - constant * ones)
         covariance = prior - half.T @ half + np.outer(unexplained, unexplained) / precision
         return Posterior(mean, covariance, hyper.noise)
 
-    def fit(self, data: Data) -> Hyperparameters:
-        """Return the hyperparameters with the highest marginal likelihood times prior, the constant integrated out."""
-        names = tuple(_PRIOR)
-        centre = np.log([_PRIOR[name][0] for name in names])
-        width = np.array([_PRIOR[name][1] for name in names])
+    def fit(self, data: Data) -> tuple[Hyperparameters, float]:
+        """Return the hyperparameters with the highest marginal likelihood times prior, and its logarithm.
+
+        The constant is integrated out; the logarithm leaves out what is the same for every model of the same data.
+        """
+        data = data.thinned(_FIT_CELLS)
+        default, names = asdict(Hyperparameters()) | (_HINTED if "hint" in self.names else {}), self.names
+        centre = np.log([default[name] for name in names])
+        width = np.array([_WIDTH[name] for name in names])
 
         def loss(z: Array) -> tuple[float, Array]:
-            hyper = _named(centre + width * z)
-            value, gradient = self._negative_log_likelihood(data, hyper)
+            value, gradient = self._negative_log_likelihood(data, self._named(centre + width * z))
             return value + 0.5 * float(z @ z), np.array([gradient[n] for n in names]) * width + z
 
         found = minimize(loss, np.zeros(len(names)), jac=True, method="L-BFGS-B", bounds=[(-3.0, 3.0)] * len(names))
-        return _named(centre + width * found.x)
+        return self._named(centre + width * found.x), -float(found.fun)
+
+    def _named(self, logarithms: Array) -> Hyperparameters:
+        return Hyperparameters(**dict(zip(self.names, np.exp(logarithms).tolist(), strict=True)))
 
     def _negative_log_likelihood(self, data: Data, hyper: Hyperparameters) -> tuple[float, dict[str, float]]:
         """Return the value (up to a constant) and its gradient in the logarithm of each hyperparameter."""
-        at = np.ix_(data.cells, data.cells)
-        terms = self._terms[data.cells]
-        squared = self._squared[at]
-        slope = hyper.slope**2 * terms @ terms.T
-        smooth = hyper.residual**2 * np.exp(-0.5 * squared / hyper.length**2)
-        noise = np.diag(hyper.noise**2 / data.counts)
-        lower = np.linalg.cholesky(slope + smooth + noise + _JITTER * np.eye(len(data.cells)))
+        parts = self._parts_of_prior(hyper, data.cells)
+        noise = hyper.noise**2 / data.counts
+        lower = np.linalg.cholesky(np.sum(list(parts.values()), axis=0) + np.diag(noise + _JITTER))
         inverse = cho_solve((lower, True), np.eye(len(data.cells)))
         ones = inverse.sum(1)
         total = float(ones.sum())
         # The constant's own estimate is taken out and its uncertainty counted: restricted maximum likelihood.
-        residual = data.means - float(ones @ data.means) / total
+        expected = self._mean(hyper)[data.cells]
+        residual = data.means - expected
+        residual = residual - float(ones @ residual) / total
         weights = inverse @ residual
         repeats = float(np.sum(data.counts - 1))
         value = float(np.log(np.diag(lower)).sum()) + 0.5 * float(residual @ weights) + 0.5 * np.log(total)
         value += repeats * np.log(hyper.noise) + 0.5 * data.scatter / hyper.noise**2
-        projected = inverse - np.outer(ones, ones) / total
+        # Half the trace of the projected inverse times a change of the covariance, less the data's part.
+        sensitivity = 0.5 * (inverse - np.outer(ones, ones) / total - np.outer(weights, weights))
+        gradient = {name: 2 * float((sensitivity * part).sum()) for name, part in parts.items()}
+        for name, edge in zip(("cliff_attn", "cliff_act"), self._edges, strict=True):
+            gradient[name] += getattr(hyper, name) * float(weights @ edge[data.cells])
+        gradient["length"] = float((sensitivity * self._change_by_length(parts, hyper, data.cells)).sum())
+        gradient["noise"] = 2 * float(np.diag(sensitivity) @ noise) + repeats - data.scatter / hyper.noise**2
+        return value, gradient
 
-        def slope_of(change: Array) -> float:
-            return 0.5 * float((projected * change).sum()) - 0.5 * float(weights @ change @ weights)
-
-        return value, {
-            "slope": slope_of(2 * slope),
-            "residual": slope_of(2 * smooth),
-            "length": slope_of(smooth * squared / hyper.length**2),
-            "noise": slope_of(2 * noise) + repeats - data.scatter / hyper.noise**2,
-        }
+    def _change_by_length(self, parts: dict[str, Array], hyper: Hyperparameters, cells: np.ndarray) -> Array:
+        """Return the derivative of the covariance by the logarithm of the length scale."""
+        attn, act = self._squared[:, cells][:, :, cells] / hyper.length**2
+        by_attn, by_act = attn * np.exp(-0.5 * attn), act * np.exp(-0.5 * act)
+        change = hyper.single**2 * (by_attn + by_act) + parts["joint"] * (attn + act)
+        change += hyper.cliff_attn**2 / 18 * self._edge(0, cells) * by_act
+        return change + hyper.cliff_act**2 / 18 * self._edge(1, cells) * by_attn
 
 
-def _named(logarithms: Array) -> Hyperparameters:
-    """Return hyperparameters from their logarithms, in the order of the priors."""
-    slope, residual, length, noise = map(float, np.exp(logarithms))
-    return Hyperparameters(slope, residual, length, noise)
+def _squared_distances(level: np.ndarray) -> Array:
+    """Return [cells, cells] squared distances along one axis, in the logarithm of what is left, over 0 to 1."""
+    most = int(level.max())
+    place = 1 - np.log(most + 1 - level) / np.log(most + 1) if most else np.zeros(len(level))
+    return (place[:, None] - place[None, :]) ** 2
+
+
+def _parts(hint: Array, rows: np.ndarray, columns: np.ndarray) -> Array:
+    """Return [cells, 3]: a hint's mean over each row, over each column, and what they leave."""
+    centred = hint - hint.mean()
+    by_row, by_column = ((np.bincount(level, centred) / np.bincount(level))[level] for level in (rows, columns))
+    return np.stack([by_row, by_column, centred - by_row - by_column], axis=1)

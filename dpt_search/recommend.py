@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from dpt_search.blend import Blend
 from dpt_search.map_predictor import Array
 from dpt_search.map_sampler import ratios
-from dpt_search.posterior import Data, Posterior, Surface
+from dpt_search.posterior import Data, Posterior
 from search_spaces.budgets import Budget
 from search_spaces.plan import PruningPlan
 from search_spaces.ratios import Cell, RatioSpace
@@ -63,7 +64,7 @@ class Recommendation:
 
 
 def recommend(
-    space: RatioSpace, budgets: Sequence[Budget], observations: Sequence[Observation]
+    space: RatioSpace, budgets: Sequence[Budget], observations: Sequence[Observation], hints: Sequence[Array] = ()
 ) -> tuple[dict[str, Any], list[Recommendation]]:
     """Decide every budget from what was observed.
 
@@ -71,6 +72,7 @@ def recommend(
         space: the lattice.
         budgets: what is to be decided.
         observations: at least one finished trial.
+        hints: [cells] each, earlier surfaces.
 
     Returns:
         The surface as plain data (`n_attn`, `n_act`, and `mean` and `sd` as rows of n_attn and columns of n_act), and
@@ -83,7 +85,8 @@ def recommend(
         raise ValueError("nothing was observed yet")
     index = {cell: i for i, cell in enumerate(space)}
     cells = np.array([index[each.plan.cell] for each in observations])
-    beliefs = Surface(ratios(space)).posterior(Data.of(cells, np.array([each.accuracy for each in observations])))
+    data = Data.of(cells, np.array([each.accuracy for each in observations]))
+    beliefs = Blend(ratios(space), hints=hints).posterior(data)
     trials = Counter(each.plan.cell for each in observations)
     surface = {
         "n_attn": space.n_attn,

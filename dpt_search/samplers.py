@@ -13,6 +13,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from dpt_search.map_predictor import Array
 from dpt_search.map_sampler import MapSampler
 from search_spaces.budgets import Budget
 from search_spaces.ratios import Cell, RatioSpace
@@ -111,6 +112,7 @@ def make_sampler(
     seed: int,
     cost: Callable[[Cell], float] = lambda cell: 1.0,
     design: str = "lines",
+    hints: Callable[[], Sequence[Array]] = tuple,
 ) -> BaseSampler:
     """Make a sampler whose randomness is a function of the seed and the trial's number.
 
@@ -121,12 +123,13 @@ def make_sampler(
         seed: the run's seed.
         cost: of one trial of a cell, in any unit; `map` alone looks at it.
         design: what `map` tries first.
+        hints: earlier surfaces as `MapSampler` takes them; `map` alone looks at them.
 
     Raises:
         ValueError: a budget is larger than the space.
     """
     if name == "map":
-        return MapSampler(space, budgets, cost, design=design)
+        return MapSampler(space, budgets, cost, design=design, hints=hints)
     feasible_cells(space, budgets)
     return _Seeded(PURE[name], seed, is_sequence=name in _SEQUENCES)
 

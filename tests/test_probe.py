@@ -23,7 +23,7 @@ from dpt_search.run import Run, configured_run
 from dpt_search.store import BadRun, RunStore
 from search_spaces.plan import PruningPlan, Ranking
 from search_spaces.ratios import Cell
-from search_spaces.vit import gates, remove
+from search_spaces.vit import gates, merge, remove
 from trainables.engine import evaluate
 from trainables.probe import Elastic, drawn_cells, evaluate_cells, run_probe, switch
 from trainables.settings import DataSettings, ModelSettings, Recipe
@@ -72,7 +72,8 @@ class TestTheGates:
         assert list(accuracies) == list(ALL)
         for cell in ALL:
             removed = workspace.pruned(RANKING.plan(cell))
-            assert accuracies[cell] == float(evaluate(removed, images, CPU).mean())
+            # The probe evaluates merged models: an image on the edge may fall the other way.
+            assert accuracies[cell] == pytest.approx(float(evaluate(removed, images, CPU).mean()), abs=1.01 / 24)
         assert len(set(accuracies.values())) > 1
 
     def test_the_dense_cell_is_plain_evaluation(self, trained: Any) -> None:
@@ -148,9 +149,13 @@ def test_the_sandwich_is_dense_then_smallest_then_any(task: ProbeTask, draw: str
 def test_cost_is_images_times_macs_of_training_teacher_and_evaluation(task: ProbeTask, sandwich: bool) -> None:
     workspace = Workspace(task)
     macs = count_macs(workspace.dense, workspace.view.input_size)
-    some = replace(task, cells=ALL[:5], sandwich=sandwich)
+    some = replace(task, cells=(Cell(0, 0), Cell(2, 1)), sandwich=sandwich)
+    merged = count_macs(merge(workspace.pruned(RANKING.plan(Cell(2, 1)))), workspace.view.input_size)
     passes = 3 if sandwich else 1
-    assert run_probe(some)["cost"] == pytest.approx(2 * 96 * (3 * passes + 1) * macs + 5 * 24 * macs)
+    found = run_probe(some)
+    assert found["training_cost"] == pytest.approx(2 * 96 * (3 * passes + 1) * macs)
+    assert found["cost"] == pytest.approx(found["training_cost"] + 24 * (macs + merged))
+    assert merged < 0.8 * macs
 
 
 def test_at_most_so_many_class_balanced_images_are_looked_at(task: ProbeTask) -> None:
@@ -180,7 +185,7 @@ def test_the_moving_average_is_evaluated_and_kept_without_gates(task: ProbeTask)
     workspace = Workspace(task)
     workspace.dense.load_state_dict(weights_of(averaged))
     images, accuracies = workspace.images("probe"), cells_of(found)
-    removed = {cell: workspace.pruned(RANKING.plan(cell)) for cell in (Cell(1, 0), Cell(2, 1), Cell(0, 3))}
+    removed = {cell: merge(workspace.pruned(RANKING.plan(cell))) for cell in (Cell(1, 0), Cell(2, 1), Cell(0, 3))}
     assert all(accuracies[cell] == float(evaluate(model, images, CPU).mean()) for cell, model in removed.items())
     assert len(set(accuracies.values())) > 1
 
@@ -188,7 +193,7 @@ def test_the_moving_average_is_evaluated_and_kept_without_gates(task: ProbeTask)
 def test_the_probe_does_what_it_is_for(task: ProbeTask) -> None:
     """On average over the cells the shared weights do better than the dense model's own."""
     adapted = replace(task, recipe=replace(RECIPE, epochs=12, lr=0.03, distillation_alpha=0.0))
-    before = evaluate_cells(Workspace(task).dense, task, Workspace(task).images("probe"), CPU)
+    before, _ = evaluate_cells(Workspace(task).dense, task, Workspace(task).images("probe"), CPU)
     assert np.mean(list(cells_of(run_probe(adapted)).values())) > np.mean(before) + 0.2
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -219,46 +219,15 @@ def distillation_loss(logits: torch.Tensor, taught: torch.Tensor, recipe: Recipe
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * t * t
 
 
+@torch.inference_mode()
 def evaluate(
     model: Module, images: ImageSet, device: torch.device, *, amp: bool = True, batch_size: int = 256, workers: int = 0
 ) -> NDArray[np.bool_]:
     """Return, for every image in order, whether the model's first choice is right; shape (images,)."""
-    as_it_is = (lambda: None,)
-    return evaluate_each(model, images, device, as_it_is, amp=amp, batch_size=batch_size, workers=workers)[0]
-
-
-@torch.inference_mode()
-def evaluate_each(
-    model: Module,
-    images: ImageSet,
-    device: torch.device,
-    variants: Sequence[Callable[[], None]],
-    *,
-    amp: bool = True,
-    batch_size: int = 256,
-    workers: int = 0,
-) -> NDArray[np.bool_]:
-    """Return whether the first choice of each variant of a model is right for every image, in one pass over the images.
-
-    Args:
-        model: the model.
-        images: what it sees.
-        device: where.
-        variants: each turns the model, in place, into one variant.
-        amp: mixed precision where the device has it.
-        batch_size: images at a time.
-        workers: loader processes.
-
-    Returns:
-        Shape (variants, images).
-    """
     model = model.to(device).eval()
     right = []
     for pixels, labels in images.eval_batches(batch_size, workers):
-        pixels, chosen = pixels.to(device), []
-        for become in variants:
-            become()
-            with autocast(device, amp):
-                chosen.append(model(pixels).argmax(dim=1))
-        right.append(torch.stack(chosen).cpu().numpy() == labels.numpy())
-    return np.concatenate(right, axis=1)
+        with autocast(device, amp):
+            chosen = model(pixels.to(device)).argmax(dim=1)
+        right.append(chosen.cpu().numpy() == labels.numpy())
+    return np.concatenate(right)

@@ -76,7 +76,7 @@ class ProbeTask(Task):
         cells: the cells to evaluate.
         draw: `uniform`, over all cells; `line`, over `lines`, and then over the cells of one.
         sandwich: train every batch as the dense model and as a cell of the most units too.
-        weights: place or URI for the shared weights.
+        weights: place or URI for the shared weights; empty to keep none.
         images: most images of the split `probe` to evaluate on.
     """
 

@@ -49,5 +49,5 @@ def probe_task(run: Run) -> ProbeTask:
         cells=tuple(ranking.space if config.probe_all else sorted(feasible)),
         draw=config.probe_draw,
         sandwich=config.probe_sandwich,
-        weights=run.store.path("probe/model.safetensors"),
+        folder=run.store.path("probe"),
     )

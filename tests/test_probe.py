@@ -24,7 +24,7 @@ from dpt_search.store import BadRun, RunStore
 from search_spaces.plan import PruningPlan, Ranking
 from search_spaces.ratios import Cell
 from search_spaces.vit import gates, merge, remove
-from trainables.engine import evaluate
+from trainables.engine import Training, evaluate
 from trainables.probe import Elastic, drawn_cells, evaluate_cells, run_probe, switch
 from trainables.settings import DataSettings, ModelSettings, Recipe
 from trainables.tasks import ProbeTask
@@ -35,15 +35,15 @@ RANKING = Ranking((2, 0, 3, 1), (1, 3, 0, 2))
 ALL = tuple(RANKING.space)
 LINES = tuple(tuple(RANKING.space.line(total)) for total in (2, 5))
 RECIPE = Recipe(epochs=2, batch_size=32, lr=0.02, distillation="soft")
-LEARNS = replace(RECIPE, epochs=6, lr=0.05)
+LEARNS = replace(RECIPE, epochs=10, lr=0.03, distillation_alpha=0.0)
 """Enough for cells to differ."""
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def task(tiny: ModelSettings, tiny_data: DataSettings, tmp_path: Path) -> ProbeTask:
-    weights = str(tmp_path / "probe" / "model.safetensors")
-    return ProbeTask(tiny, tiny_data, 0, "cpu", 1, RECIPE, RANKING, LINES, ALL, "uniform", False, weights)
+    folder = str(tmp_path / "probe")
+    return ProbeTask(tiny, tiny_data, 0, "cpu", 1, RECIPE, RANKING, LINES, ALL, "uniform", False, folder)
 
 
 def weights_of(task: ProbeTask) -> dict[str, torch.Tensor]:
@@ -58,8 +58,8 @@ class TestTheGates:
     @pytest.fixture(scope="class")
     def trained(self, tiny: ModelSettings, tiny_data: DataSettings, tmp_path_factory: pytest.TempPathFactory) -> Any:
         """A task whose probe has run, what it found, and its shared weights in a dense model."""
-        weights = str(tmp_path_factory.mktemp("probe") / "model.safetensors")
-        task = ProbeTask(tiny, tiny_data, 0, "cpu", 1, LEARNS, RANKING, LINES, ALL, "uniform", False, weights)
+        folder = str(tmp_path_factory.mktemp("probe"))
+        task = ProbeTask(tiny, tiny_data, 0, "cpu", 1, LEARNS, RANKING, LINES, ALL, "uniform", False, folder)
         found = run_probe(task)
         workspace = Workspace(task)
         workspace.dense.load_state_dict(weights_of(task))
@@ -113,7 +113,8 @@ class TestTheGates:
 
 def test_a_pass_trains_the_drawn_cell_and_leaves_what_is_switched_off(task: ProbeTask) -> None:
     model = Workspace(task).pruned(PruningPlan())
-    elastic = Elastic(model, RANKING, iter([Cell(1, 0), Cell(0, 0)]))
+    elastic = Elastic(model, RANKING)
+    elastic.cells = iter([Cell(1, 0), Cell(0, 0)])
     pixels = torch.randn(2, 1, 28, 28)
     with gates(model) as elastic.gates:
         elastic(pixels).sum().backward()
@@ -124,14 +125,14 @@ def test_a_pass_trains_the_drawn_cell_and_leaves_what_is_switched_off(task: Prob
 
 
 def test_uniform_draws_every_cell_alike(task: ProbeTask) -> None:
-    drawn = list(islice(drawn_cells(task), 5000))
+    drawn = list(islice(drawn_cells(task, 0), 5000))
     counts = np.array([drawn.count(cell) for cell in ALL])
     assert counts.sum() == 5000
     assert abs(counts - 200).max() < 60
 
 
 def test_line_draws_every_budget_alike_and_nothing_else(task: ProbeTask) -> None:
-    drawn = list(islice(drawn_cells(replace(task, draw="line")), 4000))
+    drawn = list(islice(drawn_cells(replace(task, draw="line"), 0), 4000))
     assert {cell.total for cell in drawn} == {2, 5}
     assert abs(sum(cell.total == 2 for cell in drawn) - 2000) < 150
     assert set(drawn) == {cell for line in LINES for cell in line}
@@ -139,7 +140,7 @@ def test_line_draws_every_budget_alike_and_nothing_else(task: ProbeTask) -> None
 
 @pytest.mark.parametrize(("draw", "most"), [("uniform", 8), ("line", 5)])
 def test_the_sandwich_is_dense_then_smallest_then_any(task: ProbeTask, draw: str, most: int) -> None:
-    drawn = list(islice(drawn_cells(replace(task, draw=draw, sandwich=True)), 300))
+    drawn = list(islice(drawn_cells(replace(task, draw=draw, sandwich=True), 0), 300))
     assert set(drawn[0::3]) == {Cell(0, 0)}
     assert {cell.total for cell in drawn[1::3]} == {most}
     assert len(set(drawn[2::3])) > 5
@@ -170,13 +171,35 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(
     task: ProbeTask, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     first = replace(task, cells=ALL[:3], **changes)
-    again, other = replace(first, weights=str(tmp_path / "again")), replace(first, seed=1)
+    again, other = replace(first, folder=str(tmp_path / "again")), replace(first, seed=1)
     found = run_probe(first)
     torch.manual_seed(99)
     assert run_probe(again)["rows"] == found["rows"]
     assert all(torch.equal(tensor, weights_of(again)[name]) for name, tensor in weights_of(first).items())
-    drawn = [list(islice(drawn_cells(each), 30)) for each in (first, again, other)]
+    drawn = [list(islice(drawn_cells(each, 0), 30)) for each in (first, again, other)]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_probe_that_was_killed_goes_on_from_its_newest_epoch(
+    task: ProbeTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = replace(task, cells=ALL[:3], recipe=replace(RECIPE, ema=0.9))
+    expected, run_epoch, trained = run_probe(first), Training.run_epoch, []
+
+    def one_epoch(training: Training) -> Any:
+        if len(trained) == 1:
+            trained.append("killed")
+            raise KeyboardInterrupt
+        trained.append("trained")
+        return run_epoch(training)
+
+    monkeypatch.setattr(Training, "run_epoch", one_epoch)
+    again = replace(first, folder=str(tmp_path / "again"))
+    with pytest.raises(KeyboardInterrupt):
+        run_probe(again)
+    found = run_probe(again)
+    assert trained == ["trained", "killed", "trained"]
+    assert (found["rows"], found["losses"], found["cost"]) == (expected["rows"], expected["losses"], expected["cost"])
 
 
 def test_the_moving_average_is_evaluated_and_kept_without_gates(task: ProbeTask) -> None:

@@ -35,7 +35,7 @@ def test_the_worker_runs_the_trial_the_search_would(task: TrialTask, tmp_path: P
 def test_a_process_loads_the_model_once(task: TrialTask, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[str] = []
     original = Workspace.pruned
-    monkeypatch.setattr(Workspace, "pruned", lambda self, plan: built.append(id(self)) or original(self, plan))
+    monkeypatch.setattr(Workspace, "pruned", lambda self, *args: built.append(id(self)) or original(self, *args))
     for number in range(2):
         run_trial(task, number, "attn:1", number)
     assert len(built) == 2

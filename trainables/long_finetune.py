@@ -45,7 +45,7 @@ def finetune(
     workspace = Workspace(task, drop_path=task.recipe.drop_path)
     val = workspace.images("val")
     training = Training(
-        workspace.pruned(PruningPlan.parse(task.plan)),
+        workspace.pruned(PruningPlan.parse(task.plan), task.start),
         workspace.images("train"),
         task.recipe,
         device=workspace.device,

@@ -19,9 +19,10 @@ import torch
 from search_spaces import family_of
 from search_spaces.plan import PruningPlan, Ranking, Unit
 from search_spaces.ratios import Cell
+from trainables.checkpoints import load_state, save_state
 from trainables.data import ImageSet
 from trainables.devices import describe
-from trainables.engine import Epoch, Training, evaluate
+from trainables.engine import Training, evaluate
 from trainables.locations import write_bytes
 from trainables.tasks import ProbeTask
 from trainables.timing import count_macs
@@ -35,20 +36,21 @@ SANDWICH_PASSES = 3
 class Elastic(torch.nn.Module):
     """A model that is another cell at every forward pass; shapes are the model's."""
 
-    def __init__(self, model: torch.nn.Module, ranking: Ranking, cells: Iterator[Cell]) -> None:
+    def __init__(self, model: torch.nn.Module, ranking: Ranking) -> None:
         """
         Args:
             model: the model.
             ranking: translates a cell into a plan.
-            cells: the cell of each pass.
         """
         super().__init__()
         self.model = model
         self.gates: Mapping[Unit, torch.Tensor] = {}
-        self._ranking, self._cells = ranking, cells
+        self.cells: Iterator[Cell] = iter(())
+        """The cell of each pass to come."""
+        self._ranking = ranking
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        switch(self.gates, self._ranking.plan(next(self._cells)))
+        switch(self.gates, self._ranking.plan(next(self.cells)))
         logits: torch.Tensor = self.model(pixels)
         return logits
 
@@ -60,9 +62,9 @@ def switch(gates: Mapping[Unit, torch.Tensor], plan: PruningPlan) -> None:
         gate.requires_grad_(False).fill_(float(unit not in closed))
 
 
-def drawn_cells(task: ProbeTask) -> Iterator[Cell]:
-    """Yield the cell of each pass, without end; under the sandwich rule the passes of a batch follow each other."""
-    rng = np.random.default_rng(task.seed)
+def drawn_cells(task: ProbeTask, epoch: int) -> Iterator[Cell]:
+    """Yield the cell of each pass of an epoch, without end; under the sandwich rule the passes of a batch in a row."""
+    rng = np.random.default_rng([task.seed, epoch])
     lines: Sequence[Sequence[Cell]] = task.lines if task.draw == "line" else (tuple(task.ranking.space),)
     most = max(cell.total for line in lines for cell in line)
     smallest = sorted({cell for line in lines for cell in line if cell.total == most})
@@ -75,7 +77,7 @@ def drawn_cells(task: ProbeTask) -> Iterator[Cell]:
 
 
 def run_probe(task: ProbeTask) -> dict[str, Any]:
-    """Train the shared weights, write them, and evaluate the task's cells with them.
+    """Train the shared weights, or go on from the newest epoch; write them; evaluate the task's cells with them.
 
     Returns:
         `rows`: one a cell, with n_attn, n_act, plan, accuracy (on the split `probe`) and images; and what it took:
@@ -89,12 +91,11 @@ def run_probe(task: ProbeTask) -> dict[str, Any]:
     images = workspace.images("probe", task.images)
     macs = count_macs(workspace.dense, workspace.view.input_size)
     model, epochs = _train(task, workspace)
-    if task.weights:
-        weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-        write_bytes(task.weights, safetensors.torch.save(weights))
+    weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
+    write_bytes(task.weights, safetensors.torch.save(weights))
     accuracies, evaluation_cost = evaluate_cells(model, task, images, workspace.device)
     # The teacher, the dense model, sees every training image once; a closed gate saves nothing.
-    training_cost = macs * sum(epoch.images for epoch in epochs) * (TRAINING_FORWARDS * _passes(task) + 1)
+    training_cost = macs * sum(epoch["images"] for epoch in epochs) * (TRAINING_FORWARDS * _passes(task) + 1)
     return {
         "rows": [
             {
@@ -104,7 +105,7 @@ def run_probe(task: ProbeTask) -> dict[str, Any]:
             for cell, accuracy in zip(task.cells, accuracies, strict=True)
         ],
         "epochs": len(epochs),
-        "losses": [epoch.loss for epoch in epochs],
+        "losses": [epoch["loss"] for epoch in epochs],
         "images": {"train": len(workspace.images("train", task.data.subset)), "probe": len(images)},
         "training_cost": training_cost,
         "cost": training_cost + evaluation_cost,
@@ -118,17 +119,26 @@ def _passes(task: ProbeTask) -> int:
     return SANDWICH_PASSES if task.sandwich else 1
 
 
-def _train(task: ProbeTask, workspace: Workspace) -> tuple[torch.nn.Module, list[Epoch]]:
-    """Return the trained shared weights as a dense model, and what every epoch did."""
+def _train(task: ProbeTask, workspace: Workspace) -> tuple[torch.nn.Module, list[dict[str, float]]]:
+    """Return the trained shared weights as a dense model, and loss and images of every epoch."""
     model = workspace.pruned(PruningPlan()).to(workspace.device)
-    elastic = Elastic(model, task.ranking, drawn_cells(task))
+    elastic = Elastic(model, task.ranking)
     training = Training(
         model, workspace.images("train", task.data.subset), task.recipe, device=workspace.device, seed=task.seed,
         teacher=workspace.dense, workers=task.data.workers, wrap=lambda _: elastic, passes=_passes(task),
     )  # fmt: skip
+    epochs: list[dict[str, float]] = []
     # After the training, whose moving average is a copy of the model: it must have no gates.
     with family_of(model).gates(model) as elastic.gates:
-        epochs = [training.run_epoch() for _ in range(task.recipe.epochs)]
+        state = load_state(task.state)
+        if state is not None and state["task"] == repr(task):
+            training.load_state_dict(state["training"])
+            epochs = state["epochs"]
+        while training.epochs_done < task.recipe.epochs:
+            elastic.cells = drawn_cells(task, training.epochs_done)
+            epoch = training.run_epoch()
+            epochs.append({"loss": epoch.loss, "images": epoch.images})
+            save_state(task.state, {"task": repr(task), "training": training.state_dict(), "epochs": epochs})
     return training.result, epochs
 
 

@@ -58,11 +58,13 @@ class TrialTask(Task):
         recipe: the short fine-tune.
         checkpoints: folder or URI for the states of running trials.
         timeout: seconds after which a trial fails; 0 for no limit.
+        start: weights that a trial starts from, those of a dense model; empty for the dense model's own.
     """
 
     recipe: Recipe
     checkpoints: str
     timeout: float = 0.0
+    start: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class ProbeTask(Task):
         cells: the cells to evaluate.
         draw: `uniform`, over all cells; `line`, over `lines`, and then over the cells of one.
         sandwich: train every batch as the dense model and as a cell of the most units too.
-        weights: place or URI for the shared weights; empty to keep none.
+        folder: place or URI for the state after the newest epoch, and for the shared weights.
         images: most images of the split `probe` to evaluate on.
     """
 
@@ -86,8 +88,18 @@ class ProbeTask(Task):
     cells: tuple[Cell, ...]
     draw: str
     sandwich: bool
-    weights: str
+    folder: str
     images: int = 1000
+
+    @property
+    def state(self) -> str:
+        """Where the state after the newest epoch is."""
+        return f"{self.folder}/state.pt"
+
+    @property
+    def weights(self) -> str:
+        """Where the shared weights go: a dense model's, safetensors."""
+        return f"{self.folder}/model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -100,6 +112,7 @@ class FinetuneTask(Task):
         folder: place or URI for the state, the progress and the weights.
         inputs: digest of all that the result depends on; a state with another digest is not gone on from.
         workers: number of worker processes.
+        start: weights to start from, those of a dense model; empty for the dense model's own.
     """
 
     recipe: Recipe
@@ -107,6 +120,7 @@ class FinetuneTask(Task):
     folder: str
     inputs: str
     workers: int = 1
+    start: str = ""
 
     @property
     def state(self) -> str:

@@ -28,7 +28,7 @@ class Trial:
         self._workspace, self._task, self._number, self._plan = workspace, task, number, plan
         self._train = workspace.images("train", task.data.subset)
         self._val = workspace.images("val", task.data.val_limit)
-        model = workspace.pruned(plan)
+        model = workspace.pruned(plan, task.start)
         macs = count_macs(model, workspace.view.input_size)
         teacher = workspace.dense if task.recipe.distillation != "none" else None
         teacher_macs = count_macs(teacher, workspace.view.input_size) if teacher is not None else 0.0

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import cast
 
+import safetensors.torch
 import torch
 
 from search_spaces import family_of
@@ -16,6 +17,7 @@ from search_spaces.timm_compat import timm
 from trainables.data import ImageSet, View, load_images
 from trainables.dense import build_model
 from trainables.devices import torch_device
+from trainables.locations import read_bytes
 from trainables.splits import Indices
 from trainables.tables import BadData
 from trainables.tasks import Task
@@ -47,9 +49,16 @@ class Workspace:
         """How the model wants its images."""
         return View.of(self.dense, self.task.data)
 
-    def pruned(self, plan: PruningPlan) -> torch.nn.Module:
-        """Return a copy of the dense model without the plan's units, not merged."""
+    def pruned(self, plan: PruningPlan, start: str = "") -> torch.nn.Module:
+        """Return a copy of the dense model without the plan's units, not merged.
+
+        Args:
+            plan: what is removed.
+            start: place or URI of other weights of the dense model, such as the probe's; empty for its own.
+        """
         model = copy.deepcopy(self.dense)
+        if start:
+            model.load_state_dict(safetensors.torch.load(read_bytes(start)))
         pruned: torch.nn.Module = family_of(model).remove(model, plan)
         return pruned
 

@@ -49,8 +49,10 @@ class RunConfig:
     """The budget whose recommendation is fine-tuned and exported; empty: the largest."""
     adapt: Recipe = field(default_factory=_adapt_recipe)
     """How the dense model is adapted to the data first; adapt.epochs=0 (--adapt-epochs) leaves it as it is."""
+    ranking: Literal["taylor", "conditional"] = "taylor"
+    """How units are ordered: taylor, in one pass; conditional, the rest anew after every removal, a pass per unit."""
     rank_batches: int = 16
-    """Batches of 64 images that the ranking looks at."""
+    """Batches of 64 images that the ranking looks at in a pass."""
     timing_batches: list[int] = field(default_factory=lambda: [1, 64])
     """Batch sizes at which speed is measured."""
     timing_seconds: float = 10.0
@@ -85,6 +87,8 @@ class RunConfig:
     """CPU cores, and threads, of one trial."""
     devices_per_trial: float = 1.0
     """Accelerators of one trial; a fraction shares one."""
+    refine: int = 0
+    """Swaps of one unit to try on the plan that is fine-tuned, each a trial; 0 leaves it as it is."""
     finetune: Recipe = field(default_factory=_finetune_recipe)
     """The long fine-tune of the winner."""
     finetune_workers: int = 1
@@ -105,6 +109,7 @@ _GROWING = (
     "run_dir", "budget", "finetune_budget", "max_trials", "max_hours", "trial_timeout", "max_concurrent",
     "max_failures", "cpus_per_trial", "devices_per_trial", "finetune.", "finetune_workers", "data.cache_dir",
     "data.workers", "data.root", "timing_batches", "timing_seconds", "sampler", "design", "probe_",
+    "refine",
 )  # fmt: skip
 """Fields, or groups of them, that a later start may change."""
 

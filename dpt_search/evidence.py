@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpt_search.costs_table import read_costs
+from dpt_search.observed import ended, surface_trials
 from dpt_search.store import BadRun, Finished, RunStore, TrialLog
 from search_spaces.costs import UnitCosts
+from search_spaces.plan import Ranking
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,11 @@ class Found:
 
     @property
     def finished(self) -> list[Finished]:
-        """The trials that came to an accuracy, by number."""
-        return [self.log.finished[n] for n in sorted(self.log.finished) if self.log.finished[n].accuracy is not None]
+        """The trials that tell of the surface and came to an accuracy, by number."""
+        told = ended(self.log)
+        if self.ranking is not None:
+            told = surface_trials(self.log, Ranking(tuple(self.ranking["attn"]), tuple(self.ranking["act"])))
+        return [each for each in told if each.accuracy is not None]
 
     @property
     def rows(self) -> list[dict[str, Any]]:

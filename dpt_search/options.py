@@ -77,6 +77,7 @@ DESCRIPTIONS = {
     "probe": "Train shared weights for all cells, and evaluate each with them (probe_epochs).",
     "search": "Run trials: plans, each pruned and fine-tuned briefly.",
     "recommend": "Decide which cell is best for every budget.",
+    "refine": "Try swaps of one unit on the plan that is fine-tuned (refine).",
     "finetune": "Fine-tune the recommended plan for long.",
     "export": "Merge, reload, compare, test once and time the fine-tuned model.",
     "report": "Write report.html.",

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from dpt_search.observed import ended
 from dpt_search.store import Finished, RunStore, TrialLog
 from search_spaces.plan import PruningPlan
 
@@ -15,13 +16,13 @@ class TrialLines:
 
     def __init__(self, say: Callable[[str], None], log: TrialLog, max_trials: int, concurrent: int) -> None:
         self._say, self._log, self._max_trials = say, log, max_trials
-        self._start, self._before = time.monotonic(), len(log.finished)
+        self._start, self._before = time.monotonic(), len(ended(log))
         done = f", {self._before} done before" if self._before else ""
         say(f"search: {max_trials} trials{done}, {concurrent} at a time")
 
     def ended(self, record: Finished) -> None:
         """Say how one trial ended and how long the rest will take."""
-        done = len(self._log.finished)
+        done = len(ended(self._log))
         pace = (time.monotonic() - self._start) / max(1, done - self._before)
         left = f"{done} of {self._max_trials} done, {duration(pace * (self._max_trials - done))} left"
         cell = PruningPlan.parse(record.plan).cell

@@ -76,7 +76,8 @@ def recommend(
 
     Returns:
         The surface as plain data (`n_attn`, `n_act`, and `mean` and `sd` as rows of n_attn and columns of n_act), and
-        one recommendation per budget.
+        one recommendation per budget; `noise` is the
+        learnt standard deviation of one trial about its cell's true accuracy.
 
     Raises:
         ValueError: a budget is larger than the space, or nothing was observed.
@@ -93,6 +94,7 @@ def recommend(
         "n_act": space.n_act,
         "mean": _rows(beliefs.mean, space),
         "sd": _rows(beliefs.sd, space),
+        "noise": beliefs.noise,
     }
     return surface, [_decide(budget, space, index, beliefs, trials) for budget in budgets]
 

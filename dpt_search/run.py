@@ -20,6 +20,8 @@ from dpt_search.store import BadRun, RunStore
 from trainables.settings import ModelSettings
 from trainables.tasks import Task
 
+_LATER = {"ranking": "taylor"}
+"""Identity fields that earlier versions lacked, and what those versions did: with it, their records stay valid."""
 PACKAGES = ("dpt-search", "torch", "timm", "ray", "optuna", "pyarrow", "numpy")
 
 
@@ -115,7 +117,8 @@ def digest_of(inputs: Any) -> str:
 
 def identity_of(config: RunConfig) -> dict[str, Any]:
     """Return what the dense model, the ranking and the trials depend on, sorted."""
-    return dict(sorted(identity(config).items()))
+    found = identity(config)
+    return {name: found[name] for name in sorted(found) if name not in _LATER or found[name] != _LATER[name]}
 
 
 def open_run(config: RunConfig, say: Callable[[str], None]) -> Run:

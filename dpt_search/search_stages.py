@@ -13,12 +13,14 @@ from optuna.samplers import BaseSampler
 
 from dpt_search.config import BadConfig
 from dpt_search.costs_table import read_costs
+from dpt_search.observed import searched, surface_trials, unfinished
 from dpt_search.progress import TrialLines
 from dpt_search.recommend import Observation, recommend
 from dpt_search.run import Run, digest_of
 from dpt_search.samplers import cell_of, make_sampler, params_of, search_space
 from dpt_search.store import BadRun, Finished, RunStore, TrialLog
 from search_spaces.budgets import Budget
+from search_spaces.costs import UnitCosts
 from search_spaces.plan import PruningPlan, Ranking
 from search_spaces.ratios import Cell, RatioSpace
 from trainables.tasks import TrialTask
@@ -59,7 +61,7 @@ def search(run: Run) -> None:
     distributions = search_space(config.sampler, ranking.space, config.budgets)
 
     def work(_: str) -> None:
-        if not log.unfinished and len(log.proposed) >= config.max_trials:
+        if not unfinished(log) and len(searched(log)) >= config.max_trials:
             check_any_finished(log)
             return
         run.start_ray()
@@ -91,7 +93,7 @@ def search(run: Run) -> None:
 
     inputs = [
         run.store.read_json("ranking.json"), config.sampler, str(config.budget), config.max_trials, config.max_hours,
-        len(log.unfinished),
+        len(unfinished(log)),
     ]  # fmt: skip
     run.stage("search", inputs, "trials", work)
 
@@ -142,8 +144,7 @@ def _concurrent(run: Run, space: RatioSpace) -> int:
 
 def recommend_stage(run: Run) -> None:
     """Decide, per budget, which cell is best by all that was observed."""
-    log = TrialLog(run.store)
-    done = [asdict(log.finished[n]) for n in sorted(log.finished)]
+    done = [asdict(each) for each in surface_trials(TrialLog(run.store), read_ranking(run))]
 
     def work(_: str) -> None:
         run.store.write_json("recommendation.json", decide(run, run.config.budgets))
@@ -162,7 +163,7 @@ def decide(run: Run, budgets: tuple[Budget, ...]) -> dict[str, Any]:
     ranking, log, costs = read_ranking(run), TrialLog(run.store), read_costs(run.store)
     observations = [
         Observation(PruningPlan.parse(f.plan), f.start, f.accuracy, f.cost)
-        for _, f in sorted(log.finished.items())
+        for f in surface_trials(log, ranking)
         if f.accuracy is not None
     ]
     if not observations:
@@ -172,15 +173,33 @@ def decide(run: Run, budgets: tuple[Budget, ...]) -> dict[str, Any]:
     rows = []
     for each in found:
         plan = ranking.plan(each.cell)
-        speedups = {str(b): costs.speedup(plan, b) for b in costs.dense.seconds} if costs is not None else {}
         rows.append(
             {
                 "budget": str(each.budget), "cell": [each.cell.n_attn, each.cell.n_act], "plan": str(plan),
                 "mean": each.mean, "sd": each.sd, "low": each.low, "high": each.high,
-                "probability_best": each.probability_best, "status": each.status, "speedup": speedups,
+                "probability_best": each.probability_best, "status": each.status, "speedup": speedups(costs, plan),
             }
         )  # fmt: skip
     return {"budgets": rows, "surface": surface, "observations": len(observations)}
+
+
+def speedups(costs: UnitCosts | None, plan: PruningPlan) -> dict[str, float]:
+    """Return a plan's predicted speedup by batch size; nothing where no costs were measured."""
+    return {str(batch): costs.speedup(plan, batch) for batch in costs.dense.seconds} if costs is not None else {}
+
+
+def chosen_row(run: Run) -> dict[str, Any]:
+    """Return the recommendation that is fine-tuned.
+
+    Raises:
+        BadRun: there is no recommendation for the chosen budget yet.
+    """
+    found = run.store.read_json("recommendation.json")
+    wanted = str(run.config.chosen_budget)
+    rows: list[dict[str, Any]] = [] if found is None else [r for r in found["budgets"] if r["budget"] == wanted]
+    if not rows:
+        raise BadRun(f"no recommendation for {wanted} in {run.store.location!r} yet: run `dpt-search search` first")
+    return rows[0]
 
 
 def _costs_digest(run: Run) -> str:

@@ -1,6 +1,6 @@
 """The stages of a run, in order; each reads and writes the run directory only.
 
-dense -> profile -> rank -> probe -> search -> recommend -> finetune -> export -> report
+dense -> profile -> rank -> probe -> search -> recommend -> refine -> finetune -> export -> report
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from dpt_search.config import BadConfig, RunConfig
 from dpt_search.costs_table import read_costs, write_costs
 from dpt_search.probe_stage import probe
 from dpt_search.progress import EpochLines
+from dpt_search.refine import refine
 from dpt_search.run import Run, base_task, identity_of
-from dpt_search.search_stages import check_budgets, read_ranking, recommend_stage, search
+from dpt_search.search_stages import check_budgets, chosen_row, read_ranking, recommend_stage, search
 from dpt_search.store import BadRun
 from search_spaces.plan import PruningPlan
 from search_spaces.ratios import RatioSpace
@@ -112,10 +113,8 @@ def rank(run: Run) -> None:
     """Order the units within each kind, least important first."""
 
     def work(_: str) -> None:
-        run.store.write_json(
-            "ranking.json",
-            run.call("trainables.importance:rank", RankTask(**run.task(), batches=run.config.rank_batches)),
-        )
+        task = RankTask(**run.task(), batches=run.config.rank_batches, method=run.config.ranking)
+        run.store.write_json("ranking.json", run.call("trainables.importance:rank", task))
 
     if run.stage("rank", identity_of(run.config), "ranking.json", work):
         ranking = read_ranking(run)
@@ -143,20 +142,6 @@ def finetune(run: Run) -> None:
 
 def _finetune_inputs(run: Run, chosen: dict[str, Any]) -> Any:
     return [chosen["plan"], asdict(run.config.finetune), identity_of(run.config)]
-
-
-def chosen_row(run: Run) -> dict[str, Any]:
-    """Return the recommendation that is fine-tuned.
-
-    Raises:
-        BadRun: there is no recommendation for the chosen budget yet.
-    """
-    found = run.store.read_json("recommendation.json")
-    wanted = str(run.config.chosen_budget)
-    rows: list[dict[str, Any]] = [] if found is None else [r for r in found["budgets"] if r["budget"] == wanted]
-    if not rows:
-        raise BadRun(f"no recommendation for {wanted} in {run.store.location!r} yet: run `dpt-search search` first")
-    return rows[0]
 
 
 def _train(
@@ -235,6 +220,7 @@ STAGES: dict[str, Callable[[Run], Any]] = {
     "probe": probe,
     "search": search,
     "recommend": recommend_stage,
+    "refine": refine,
     "finetune": finetune,
     "export": export,
     "report": report,

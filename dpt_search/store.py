@@ -81,6 +81,15 @@ class Finished:
     error: str = ""
     time: float = field(default_factory=time.time)
 
+    @classmethod
+    def of(cls, proposed: Proposed, result: dict[str, Any], error: str) -> Finished:
+        """Make the record of a trial from what its worker returned; the trial failed where there is an error."""
+        measured = ("removed_accuracy", "accuracies", "cost", "seconds", "device", "versions")
+        return cls(
+            proposed.trial, proposed.plan, proposed.start, "failed" if error else "finished", error=error,
+            **{name: result[name] for name in measured if name in result},
+        )  # fmt: skip
+
     @property
     def accuracy(self) -> float | None:
         """Accuracy of the last epoch, for a trial that finished."""

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -20,6 +20,7 @@ from ray import tune
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
+from dpt_search.observed import searched, surface_trials, unfinished
 from dpt_search.store import Finished, Proposed, RunStore, TrialLog
 from search_spaces.plan import PruningPlan, Ranking
 from search_spaces.ratios import Cell
@@ -75,7 +76,7 @@ class RecordedSearch(Searcher):
     def __init__(self, plan: SearchPlan, log: TrialLog, task: TrialTask, on_end: Callable[[Finished], None]) -> None:
         super().__init__(metric="accuracy", mode="max")
         self._plan, self._log, self._task, self._on_end = plan, log, task, on_end
-        self._resumed = log.unfinished
+        self._resumed = unfinished(log)
         self._running: dict[str, Proposed] = {}
         # Trials of an earlier start that this study cannot express; they end in the log alone.
         self._unknown: set[str] = set()
@@ -94,7 +95,7 @@ class RecordedSearch(Searcher):
     @property
     def remaining(self) -> int:
         """Number of trials still to run."""
-        return len(self._resumed) + max(0, self._plan.max_trials - len(self._log.proposed))
+        return len(self._resumed) + max(0, self._plan.max_trials - len(searched(self._log)))
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Return the next trial's configuration, or that there is none."""
@@ -112,11 +113,11 @@ class RecordedSearch(Searcher):
         return {"trial": record.trial, "plan": record.plan, "seed": record.seed}
 
     def _params(self, plan: str) -> dict[str, int] | None:
-        return self._plan.params_of(PruningPlan.parse(plan).cell)
+        return _params(self._plan, plan)
 
     def _is_over(self) -> bool:
         return bool(
-            self.stopped or len(self._log.proposed) >= self._plan.max_trials or time.time() > self._plan.deadline
+            self.stopped or len(searched(self._log)) >= self._plan.max_trials or time.time() > self._plan.deadline
         )
 
     def _propose(self, params: dict[str, int]) -> Proposed:
@@ -126,7 +127,7 @@ class RecordedSearch(Searcher):
             plan=str(self._plan.ranking.plan(self._plan.cell_of(params))),
             start=START,
             seed=self._plan.seed + number,
-            seen=sum(f.accuracy is not None for f in self._log.finished.values()),
+            seen=sum(f.accuracy is not None for f in surface_trials(self._log, self._plan.ranking)),
             sampler=self._plan.name,
             params={name: int(value) for name, value in params.items()},
         )
@@ -151,15 +152,7 @@ class RecordedSearch(Searcher):
 
     def _finished(self, proposed: Proposed, result: dict[str, Any], error: bool) -> Finished:
         reason = result.get("error", "") or (_left_reason(self._task, proposed.trial) if error else "")
-        known = {f.name for f in fields(Finished)} - {"trial", "plan", "start", "status", "error", "time"}
-        return Finished(
-            trial=proposed.trial,
-            plan=proposed.plan,
-            start=proposed.start,
-            status="failed" if reason else "finished",
-            error=reason,
-            **{name: result[name] for name in known if name in result},
-        )
+        return Finished.of(proposed, result, reason)
 
     def save(self, checkpoint_path: str) -> None:
         """Tune's snapshots hold nothing: the trial log is the state."""
@@ -174,13 +167,18 @@ def _left_reason(task: TrialTask, number: int) -> str:
     return store.read(name).decode() if store.exists(name) else "its worker was lost"
 
 
+def _params(plan: SearchPlan, removed: str) -> dict[str, int] | None:
+    """Return what the study calls a plan; None for one that is not the ranking's, or does not fit the parameters."""
+    parsed = PruningPlan.parse(removed)
+    return plan.params_of(parsed.cell) if parsed in plan.ranking else None
+
+
 def _study_storage(plan: SearchPlan, log: TrialLog) -> optuna.storages.InMemoryStorage:
-    """Return a storage whose study `search` holds every finished trial of the log that fits the parameters."""
+    """Return a storage whose study `search` holds every trial that tells of the surface and fits the parameters."""
     storage = optuna.storages.InMemoryStorage()
     study = optuna.create_study(storage=storage, study_name="search", direction="maximize", sampler=plan.sampler)
-    for number in sorted(log.finished):
-        finished = log.finished[number]
-        params = plan.params_of(PruningPlan.parse(finished.plan).cell)
+    for finished in surface_trials(log, plan.ranking):
+        params = _params(plan, finished.plan)
         if params is None:
             continue
         state = TrialState.FAIL if finished.accuracy is None else TrialState.COMPLETE
@@ -263,5 +261,5 @@ def run_search(
             tuner.fit()
     if search.stopped:
         raise SearchFailed(search.stopped)
-    if log.unfinished:
+    if unfinished(log):
         raise SearchFailed("the search ended early; the same command goes on from here")

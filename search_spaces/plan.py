@@ -102,6 +102,10 @@ class Ranking:
             if len(set(indices)) != len(indices):
                 raise ValueError(f"the ranking names a unit twice: {kind}:{','.join(map(str, indices))}")
 
+    def __contains__(self, plan: PruningPlan) -> bool:
+        """Say whether a plan is the one that the ranking gives for the plan's cell."""
+        return plan.cell in self.space and plan == self.plan(plan.cell)
+
     @property
     def space(self) -> RatioSpace:
         """The lattice over the ranked units."""

@@ -18,7 +18,7 @@ MAY_GROW = {
     "run_dir", "budget", "finetune_budget", "max_trials", "max_hours", "trial_timeout", "max_concurrent",
     "max_failures", "cpus_per_trial", "devices_per_trial", "finetune_workers", "data.cache_dir", "data.workers",
     "data.root", "timing_batches", "timing_seconds", "sampler", "design", "probe_epochs", "probe_lr", "probe_draw",
-    "probe_sandwich", "probe_all", *(f"finetune.{f.name}" for f in fields(Recipe)),
+    "probe_sandwich", "probe_all", "refine", *(f"finetune.{f.name}" for f in fields(Recipe)),
 }  # fmt: skip
 AT_LEAST = {
     "max_trials": 1, "max_failures": 1, "cpus_per_trial": 1, "devices_per_trial": 0.01, "finetune_workers": 1,
@@ -48,7 +48,7 @@ def changed(config: RunConfig, name: str, value: Any) -> RunConfig:
 
 
 def other_value(name: str, value: Any) -> Any:
-    choices = {"device": "cuda", "sampler": "tpe", "design": "walk"}
+    choices = {"device": "cuda", "sampler": "tpe", "design": "walk", "ranking": "conditional"}
     if name in choices:
         return choices[name]
     if isinstance(value, bool):
@@ -218,7 +218,7 @@ def test_a_run_directorys_own_configuration_is_what_flags_go_over(tmp_path: Path
     again = replace(mine, run_dir=store.location)
     assert read("run", "--run-dir", store.location) == again
     assert read("run", f"--run-dir={store.location}", "--max-trials=20") == replace(again, max_trials=20)
-    for verb in ("dense", "profile", "rank", "probe", "search", "recommend", "finetune", "export", "report"):
+    for verb in ("dense", "profile", "rank", "probe", "search", "recommend", "refine", "finetune", "export", "report"):
         assert read(verb, store.location) == again
     check_same_run(recorded(mine), again)
 

@@ -1,7 +1,13 @@
-"""How much each unit matters, compared within its kind only: the gradients of the two kinds are not comparable."""
+"""How much each unit matters, compared within its kind only: the gradients of the two kinds are not comparable.
+
+Two ways: `taylor` looks at the dense model alone, in one pass over some batches; `conditional` looks again after every
+removal, because what should go next depends on what went before. It takes as many passes as there are units, each over
+the same batches: with 24 units and 16 batches, 384 batches forward and backward. Where that is long, take fewer.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from itertools import islice
 from typing import Any
 
@@ -25,27 +31,72 @@ def taylor_importance(
     """
     model = model.to(device).eval()
     with family_of(model).gates(model) as gates:
-        totals = dict.fromkeys(gates, 0.0)
-        for pixels, labels in islice(images.eval_batches(64), batches):
-            loss = F.cross_entropy(model(pixels.to(device)), labels.to(device))
-            gradients = torch.autograd.grad(loss, list(gates.values()))
-            for unit, gradient in zip(gates, gradients, strict=True):
-                totals[unit] += abs(float(gradient)) / batches
+        return _slopes(model, gates, images, device, batches)
+
+
+def conditional_importance(
+    model: torch.nn.Module, images: ImageSet, device: torch.device, batches: int
+) -> dict[Unit, float]:
+    """Remove the least important unit until none is left, and return each unit's importance when it went, in order.
+
+    The kinds take turns in proportion to their numbers of units. The gates of what went stay closed, so importance,
+    the same Taylor estimate, is that in the model that is left; nothing is trained in between.
+    """
+    model = model.to(device).eval()
+    gone: dict[Unit, float] = {}
+    with family_of(model).gates(model) as gates:
+        while len(gone) < len(gates):
+            kind = _next_kind(gates, gone)
+            left = {unit: gate for unit, gate in gates.items() if unit.kind == kind and unit not in gone}
+            found = _slopes(model, left, images, device, batches)
+            least = min(found, key=lambda unit: (found[unit], unit.index))
+            gone[least] = found[least]
+            with torch.no_grad():
+                gates[least].zero_()
+    return gone
+
+
+def _next_kind(units: Collection[Unit], gone: Collection[Unit]) -> str:
+    """Return the kind of which the smaller share is gone; of equal ones the first."""
+
+    def share(kind: str) -> float:
+        there = sum(unit.kind == kind for unit in units)
+        return sum(unit.kind == kind for unit in gone) / there if there else 1.0
+
+    return min(KINDS, key=share)
+
+
+def _slopes(
+    model: torch.nn.Module, gates: Mapping[Unit, torch.Tensor], images: ImageSet, device: torch.device, batches: int
+) -> dict[Unit, float]:
+    """Return |dL/dg| of each gate, averaged over batches, with all gates of the model as they are."""
+    totals = dict.fromkeys(gates, 0.0)
+    for pixels, labels in islice(images.eval_batches(64), batches):
+        loss = F.cross_entropy(model(pixels.to(device)), labels.to(device))
+        gradients = torch.autograd.grad(loss, list(gates.values()))
+        for unit, gradient in zip(gates, gradients, strict=True):
+            totals[unit] += abs(float(gradient)) / batches
     return totals
+
+
+def _least_first(found: Mapping[Unit, float]) -> dict[Unit, float]:
+    return {unit: found[unit] for unit in sorted(found, key=lambda unit: (found[unit], unit.index))}
 
 
 def rank(task: RankTask) -> dict[str, Any]:
     """Rank the units within each kind, least important first.
 
     Returns:
-        Per kind the order of the units' indices and their importance in that order.
+        Per kind the order of the units' indices and their importance in that order: with `taylor` that in the dense
+        model, which grows; with `conditional` that when the unit went.
     """
     workspace = Workspace(task)
     images = workspace.images("train", 64 * task.batches)
-    found = taylor_importance(workspace.dense, images, workspace.device, task.batches)
-    orders = {kind: sorted((u for u in found if u.kind == kind), key=lambda u: (found[u], u.index)) for kind in KINDS}
+    measure = conditional_importance if task.method == "conditional" else taylor_importance
+    found = measure(workspace.dense, images, workspace.device, task.batches)
+    ordered = found if task.method == "conditional" else _least_first(found)
     return {
-        "method": "taylor",
-        **{kind: [u.index for u in order] for kind, order in orders.items()},
-        "importance": {kind: [found[u] for u in order] for kind, order in orders.items()},
+        "method": task.method,
+        **{kind: [unit.index for unit in ordered if unit.kind == kind] for kind in KINDS},
+        "importance": {kind: [ordered[unit] for unit in ordered if unit.kind == kind] for kind in KINDS},
     }

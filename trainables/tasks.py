@@ -44,10 +44,12 @@ class RankTask(Task):
     """Rank the units within each kind.
 
     Attributes:
-        batches: number of batches of 64 training images.
+        batches: number of batches of 64 training images in a pass.
+        method: `taylor` or `conditional`, see `importance`.
     """
 
     batches: int = 16
+    method: str = "taylor"
 
 
 @dataclass(frozen=True)

@@ -104,10 +104,10 @@ def _do(config: Any, only: str = "") -> None:
     check(config)
     with Lease(RunStore(config.run_dir)), open_run(config, say) as run:
         # After the checks, which are quick: the stages import scipy and optuna.
-        from dpt_search.stages import STAGES
+        from dpt_search.stages import STAGES, WHOLE
 
         say(f"run directory {run.store.root if run.store.is_local else config.run_dir}")
-        for name in [only] if only else STAGES:
+        for name in (only,) if only else WHOLE:
             STAGES[name](run)
         if not only:
             print(f"\n{stage_times(run.store)}\n\n{result_table(run.store)}\n")

@@ -59,16 +59,20 @@ class RunConfig:
     """Time the profile takes for its measurements."""
     sampler: Literal["map", "tpe", "gp", "cmaes", "qmc", "random", "grid"] = "map"
     """Who proposes trials: map is this product's own, the others are Optuna's."""
-    probe_epochs: int = 0
-    """Epochs of the elastic probe, which gives every cell a cheap accuracy before the search; 0 leaves it out."""
+    probe_epochs: int = 6
+    """Epochs of the elastic probe, which gives every cell a cheap accuracy beside the first trials; 0 leaves it out."""
     probe_lr: float = 0.0
     """Peak learning rate of the probe at batch size 512; 0: that of a trial."""
     probe_draw: Literal["uniform", "line"] = "uniform"
     """What the probe trains on: uniform, all cells alike; line, the budgets alike, and the cells of each."""
     probe_sandwich: bool = False
     """Train every batch of the probe as the dense model and as a smallest one too, at three times the cost."""
-    probe_all: bool = False
-    """Evaluate all cells with the probe's weights, not only those of the budgets."""
+    probe_cells: int = 40
+    """Cells of the budgets to evaluate with the probe's weights, well spread; the others follow smoothly. 0: all."""
+    prior: list[str] = field(default_factory=list)
+    """Directories of earlier runs whose surfaces hint at this one's; how far is learnt. Repeatable: --prior+=RUN."""
+    start: Literal["dense", "probe"] = "dense"
+    """Weights that trials and the long fine-tune start from: the dense model's, or the probe's."""
     design: Literal["lines", "walk", "interleaved"] = "lines"
     """What the sampler map tries first: ends and middle of the largest budget, or one of the two published walks."""
     trial: Recipe = field(default_factory=Recipe)
@@ -109,7 +113,7 @@ _GROWING = (
     "run_dir", "budget", "finetune_budget", "max_trials", "max_hours", "trial_timeout", "max_concurrent",
     "max_failures", "cpus_per_trial", "devices_per_trial", "finetune.", "finetune_workers", "data.cache_dir",
     "data.workers", "data.root", "timing_batches", "timing_seconds", "sampler", "design", "probe_",
-    "refine",
+    "refine", "prior",
 )  # fmt: skip
 """Fields, or groups of them, that a later start may change."""
 
@@ -135,6 +139,8 @@ def check(config: RunConfig) -> None:
     _check_numbers(config)
     if any(batch < 1 for batch in config.timing_batches) or not config.timing_batches:
         raise BadConfig("timing_batches needs at least one batch size, each at least 1")
+    if config.start == "probe" and not config.probe_epochs:
+        raise BadConfig("start is 'probe', but probe_epochs is 0: there would be no weights to start from")
     if config.model.new_head and not config.adapt.epochs:
         raise BadConfig("model.new_head starts an untrained classifier: train it first with --adapt-epochs")
     _check_recipes(config)
@@ -185,8 +191,13 @@ _SHARES = ("label_smoothing", "drop_path", "ema", "distillation_alpha", "random_
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
-    """Return the fields that say what the run is about, by dotted name."""
-    return {name: value for name, value in _flat(asdict(config)).items() if not name.startswith(_GROWING)}
+    """Return the fields that say what the run is about, by dotted name; the probe's too where trials start from it."""
+    probe = config.start == "probe"
+    return {
+        name: value
+        for name, value in _flat(asdict(config)).items()
+        if not name.startswith(_GROWING) or (probe and name.startswith("probe_") and name != "probe_cells")
+    }
 
 
 def check_same_run(recorded: dict[str, Any], config: RunConfig) -> None:

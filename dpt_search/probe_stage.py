@@ -1,13 +1,20 @@
-"""The stage of the elastic probe: shared weights, and every feasible cell's accuracy with them."""
+"""The stage of the elastic probe: shared weights, and an accuracy with them for every feasible cell.
+
+`search` runs it beside the first trials, where there is room for both, and takes what it found when it is there.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
+from dpt_search.hints import hints_of
+from dpt_search.map_predictor import Array
 from dpt_search.probe_table import NAME, write_probe
-from dpt_search.run import Run, identity_of
-from dpt_search.search_stages import check_budgets, read_ranking
-from search_spaces.ratios import Cell
+from dpt_search.remote import Pending, StageFailed, begin, capacity
+from dpt_search.run import Run, check_budgets, identity_of, read_ranking
+from search_spaces.ratios import Cell, spread
 from trainables.tasks import ProbeTask
 
 
@@ -19,14 +26,89 @@ def probe(run: Run) -> None:
     task = probe_task(run)
 
     def work(_: str) -> None:
-        run.say(f"probe: {task.recipe.epochs} epochs, then {len(task.cells)} cells with the shared weights")
-        found = run.call("trainables.probe:run_probe", task, cpus=run.config.cpus_per_trial)
-        told = {"draw": task.draw, "sandwich": task.sandwich, "seed": task.seed, "recipe": asdict(task.recipe)}
-        write_probe(run.store, found.pop("rows"), {**found, **told})
+        _announce(run, task)
+        _write(run, task, run.call("trainables.probe:run_probe", task, cpus=run.config.cpus_per_trial))
 
-    about = [asdict(task.recipe), asdict(task.ranking), task.cells, task.draw, task.sandwich]
+    run.stage("probe", _inputs(run, task), NAME, work)
+
+
+@dataclass
+class ProbeBeside:
+    """A probe that runs, or not, while the search does.
+
+    Attributes:
+        run: the run, whose Ray has started.
+        task: what the worker was told; None without a probe.
+        pending: the call, while it is under way.
+        since: when it began, on the monotonic clock.
+    """
+
+    run: Run
+    task: ProbeTask | None = None
+    pending: Pending | None = None
+    since: float = 0.0
+
+    @classmethod
+    def started(cls, run: Run) -> ProbeBeside:
+        """Begin the run's probe, unless it has none or it is done; wait for it where trials need it or have no room."""
+        config = run.config
+        if not config.probe_epochs or config.sampler != "map":
+            return cls(run)
+        task = probe_task(run)
+        if run.is_done("probe", _inputs(run, task), NAME):
+            return cls(run)
+        _announce(run, task)
+        pending = begin(config, "trainables.probe:run_probe", task, cpus=config.cpus_per_trial)
+        beside = cls(run, task, pending, time.monotonic())
+        if config.start == "probe" or capacity(run.resources) < 2:
+            beside.finish()
+        return beside
+
+    def hints(self) -> list[Array]:
+        """Return the surfaces that are known by now; never waits."""
+        if self.pending is not None and self.pending.is_done():
+            self.finish()
+        return hints_of(self.run.store, read_ranking(self.run).space, self.run.config.prior)
+
+    def finish(self) -> None:
+        """Wait for the probe and write what it found; without one the search goes on, where it can.
+
+        Raises:
+            StageFailed: it failed, and trials start from its weights.
+        """
+        if self.pending is None or self.task is None:
+            return
+        pending, self.pending = self.pending, None
+        try:
+            found = pending.value()
+        except StageFailed as error:
+            if self.run.config.start == "probe":
+                raise
+            self.run.say(f"warning: the probe failed, and the search goes on without it: {_last_line(error)}")
+            return
+        _write(self.run, self.task, found)
+        self.run.record("probe", _inputs(self.run, self.task), time.monotonic() - self.since)
+        self.run.say(f"probe: {len(self.task.cells)} cells in {found['seconds']:.0f} s")
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1]
+
+
+def _announce(run: Run, task: ProbeTask) -> None:
+    run.say(f"probe: {task.recipe.epochs} epochs, then {len(task.cells)} cells with the shared weights")
+
+
+def _write(run: Run, task: ProbeTask, found: dict[str, Any]) -> None:
+    told = {"draw": task.draw, "sandwich": task.sandwich, "seed": task.seed, "recipe": asdict(task.recipe)}
+    write_probe(run.store, found.pop("rows"), {**found, **told})
+    run.store.delete("probe/state.pt")
+
+
+def _inputs(run: Run, task: ProbeTask) -> list[Any]:
     lines = task.lines if task.draw == "line" else ()
-    run.stage("probe", [identity_of(run.config), *about, lines], NAME, work)
+    about = [asdict(task.recipe), asdict(task.ranking), task.cells, task.draw, task.sandwich]
+    return [identity_of(run.config), *about, lines]
 
 
 def probe_task(run: Run) -> ProbeTask:
@@ -39,14 +121,15 @@ def probe_task(run: Run) -> ProbeTask:
     config, ranking = run.config, read_ranking(run)
     check_budgets(config.budgets, ranking.space)
     lines = tuple(tuple(budget.feasible(ranking.space)) for budget in config.budgets)
-    feasible = {Cell(0, 0), *(cell for line in lines for cell in line)}
-    lr = config.probe_lr or config.trial.lr
+    feasible = spread(ranking.space, sorted({Cell(0, 0), *(cell for line in lines for cell in line)}))
     return ProbeTask(
         **run.task(config.cpus_per_trial),
-        recipe=replace(config.trial, epochs=config.probe_epochs, lr=lr, distillation="soft"),
+        recipe=replace(
+            config.trial, epochs=config.probe_epochs, lr=config.probe_lr or config.trial.lr, distillation="soft"
+        ),
         ranking=ranking,
         lines=lines,
-        cells=tuple(ranking.space if config.probe_all else sorted(feasible)),
+        cells=tuple(sorted(feasible[: config.probe_cells or None])),
         draw=config.probe_draw,
         sandwich=config.probe_sandwich,
         folder=run.store.path("probe"),

@@ -19,15 +19,14 @@ from typing import Any
 from dpt_search.costs_table import read_costs
 from dpt_search.observed import REFINE, surface_trials
 from dpt_search.remote import call_each
-from dpt_search.run import Run, identity_of
-from dpt_search.search_stages import chosen_row, decide, read_ranking, speedups
+from dpt_search.run import Run, identity_of, read_ranking
+from dpt_search.search_stages import chosen_row, decide, speedups
 from dpt_search.store import Finished, Proposed, TrialLog
 from search_spaces.plan import KINDS, PruningPlan, Ranking, Unit
 from search_spaces.ratios import Cell
 from trainables.tasks import TrialTask
 
 NAME = "refine.json"
-START = "dense"
 RISK = 0.05
 """How often plans that are no better than the ranking's may replace it."""
 REPEATS = 2
@@ -158,7 +157,10 @@ def _measure(run: Run, log: TrialLog, ranking: Ranking, plans: Sequence[PruningP
     run.start_ray()
     run.say(f"refine: {len(missing)} trials to run")
     task = TrialTask(
-        **run.task(run.config.cpus_per_trial), recipe=run.config.trial, checkpoints=run.store.path("checkpoints")
+        **run.task(run.config.cpus_per_trial),
+        recipe=run.config.trial,
+        checkpoints=run.store.path("checkpoints"),
+        start=run.start_weights,
     )
     told = [(task, trial.trial, trial.plan, trial.seed) for trial in missing]
     for position, result in call_each(run.resources, "trainables.table_trial:run_trial", told):
@@ -178,7 +180,7 @@ def _missing(run: Run, log: TrialLog, plan: PruningPlan, count: int, seen: int) 
     trials = [p for p in own if p.trial not in log.finished][:left]
     while len(trials) < left:
         number = log.next_trial
-        trials.append(Proposed(number, str(plan), START, run.config.seed + number, seen, REFINE, {}))
+        trials.append(Proposed(number, str(plan), run.config.start, run.config.seed + number, seen, REFINE, {}))
         log.propose(trials[-1])
     return trials
 

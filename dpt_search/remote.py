@@ -7,6 +7,7 @@ import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from dpt_search.config import BadConfig, RunConfig
@@ -99,17 +100,40 @@ def call(
         BadInput: the worker found the user's input wrong.
         StageFailed: anything else went wrong.
     """
-    import ray
-
-    remote = _remote(resources(config, cpus, devices), calls=0 if config.device == "cpu" else 1)
-    pending = remote.remote(target, args)
-    while not ray.wait([pending], timeout=1.0)[0]:
+    pending = begin(config, target, *args, cpus=cpus, devices=devices)
+    while not pending.is_done(1.0):
         on_wait()
-    try:
-        outcome = ray.get(pending)
-    except ray.exceptions.RayError as error:
-        raise StageFailed(f"the worker of {target} was lost: {str(error).strip().splitlines()[0]}") from None
-    return _value(target, outcome)
+    return pending.value()
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A call that is under way on a worker."""
+
+    target: str
+    reference: Any
+
+    def is_done(self, seconds: float = 0.0) -> bool:
+        """Say whether it has ended, waiting for at most so long."""
+        import ray
+
+        return bool(ray.wait([self.reference], timeout=seconds)[0])
+
+    def value(self) -> Any:
+        """Return its result, waiting for it; raises what `call` does."""
+        import ray
+
+        try:
+            outcome = ray.get(self.reference)
+        except ray.exceptions.RayError as error:
+            raise StageFailed(f"the worker of {self.target} was lost: {str(error).strip().splitlines()[0]}") from None
+        return _value(self.target, outcome)
+
+
+def begin(config: RunConfig, target: str, *args: Any, cpus: float = 1, devices: float = 1.0) -> Pending:
+    """Begin what `call` does, and return at once."""
+    remote = _remote(resources(config, cpus, devices), calls=0 if config.device == "cpu" else 1)
+    return Pending(target, remote.remote(target, args))
 
 
 def call_each(wanted: dict[str, float], target: str, jobs: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:

@@ -14,9 +14,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dpt_search.config import RunConfig, check, check_same_run, identity
+from dpt_search.config import BadConfig, RunConfig, check, check_same_run, identity
 from dpt_search.remote import call, ray_session, resources
 from dpt_search.store import BadRun, RunStore
+from search_spaces.budgets import Budget
+from search_spaces.plan import Ranking
+from search_spaces.ratios import RatioSpace
 from trainables.settings import ModelSettings
 from trainables.tasks import Task
 
@@ -72,6 +75,11 @@ class Run:
             return self.config.model
         return replace(self.config.model, checkpoint=self.store.path("dense/model.safetensors"), new_head=False)
 
+    @property
+    def start_weights(self) -> str:
+        """Where the weights are that trials and the long fine-tune start from; empty for the dense model's own."""
+        return self.store.path("probe/model.safetensors") if self.config.start == "probe" else ""
+
     def task(self, threads: int = 1) -> dict[str, Any]:
         """Return what every stage on a worker is told, as keyword arguments of its task."""
         return {
@@ -94,20 +102,34 @@ class Run:
         Returns:
             Whether the work was done now.
         """
-        digest, stamp = digest_of(inputs), f"stages/{name}.json"
-        done = self.store.read_json(stamp)
-        if done is not None and done["inputs"] == digest and self.store.exists(output):
+        if self.is_done(name, inputs, output):
             self.say(f"{name}: already done")
             return False
         start = time.monotonic()
-        work(digest)
-        spent = time.monotonic() - start
+        work(digest_of(inputs))
+        self.record(name, inputs, time.monotonic() - start)
+        return True
+
+    def is_done(self, name: str, inputs: Any, output: str) -> bool:
+        """Say whether a stage's output is there, made from these inputs."""
+        done = self.store.read_json(f"stages/{name}.json")
+        return done is not None and done["inputs"] == digest_of(inputs) and self.store.exists(output)
+
+    def record(self, name: str, inputs: Any, seconds: float) -> None:
+        """Record that a stage was done."""
+        stamp = f"stages/{name}.json"
+        done = self.store.read_json(stamp)
         # A stage that goes on (more trials, say) adds to the time it took before.
         earlier = done["seconds"] if done is not None and name == "search" else 0.0
         self.store.write_json(
-            stamp, {"stage": name, "inputs": digest, "seconds": earlier + spent, "finished_at": time.time()}
+            stamp,
+            {
+                "stage": name,
+                "inputs": digest_of(inputs),
+                "seconds": earlier + seconds,
+                "finished_at": time.time(),
+            },
         )
-        return True
 
 
 def digest_of(inputs: Any) -> str:
@@ -157,7 +179,8 @@ def recorded_run(location: str, say: Callable[[str], None]) -> Run:
     recorded = store.read_json("run.json")
     if recorded is None:
         raise BadRun(f"{location!r} is no run directory: it has no run.json")
-    return Run(replace(RunConfig(), seed=recorded["config"]["seed"], run_dir=location), store, say)
+    known = {name: recorded["config"][name] for name in ("seed", "prior") if name in recorded["config"]}
+    return Run(replace(RunConfig(), run_dir=location, **known), store, say)
 
 
 def configured_run(config: RunConfig, say: Callable[[str], None]) -> Run:
@@ -197,3 +220,28 @@ def commit() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def read_ranking(run: Run) -> Ranking:
+    """Return the run's ranking.
+
+    Raises:
+        BadRun: there is none yet.
+    """
+    found = run.store.read_json("ranking.json")
+    if found is None:
+        raise BadRun(f"no ranking in {run.store.location!r} yet: run `dpt-search rank` on it first")
+    return Ranking(tuple(found["attn"]), tuple(found["act"]))
+
+
+def check_budgets(budgets: tuple[Budget, ...], space: RatioSpace) -> None:
+    """Refuse budgets that the space cannot meet.
+
+    Raises:
+        BadConfig: one is larger than the space.
+    """
+    for budget in budgets:
+        try:
+            budget.feasible(space)
+        except ValueError as error:
+            raise BadConfig(str(error)) from None

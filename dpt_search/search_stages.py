@@ -11,12 +11,14 @@ from typing import Any
 
 from optuna.samplers import BaseSampler
 
-from dpt_search.config import BadConfig
 from dpt_search.costs_table import read_costs
+from dpt_search.hints import hints_of
+from dpt_search.map_predictor import Array
 from dpt_search.observed import searched, surface_trials, unfinished
+from dpt_search.probe_stage import ProbeBeside
 from dpt_search.progress import TrialLines
 from dpt_search.recommend import Observation, recommend
-from dpt_search.run import Run, digest_of
+from dpt_search.run import Run, check_budgets, digest_of, read_ranking
 from dpt_search.samplers import cell_of, make_sampler, params_of, search_space
 from dpt_search.store import BadRun, Finished, RunStore, TrialLog
 from search_spaces.budgets import Budget
@@ -24,31 +26,6 @@ from search_spaces.costs import UnitCosts
 from search_spaces.plan import PruningPlan, Ranking
 from search_spaces.ratios import Cell, RatioSpace
 from trainables.tasks import TrialTask
-
-
-def read_ranking(run: Run) -> Ranking:
-    """Return the run's ranking.
-
-    Raises:
-        BadRun: there is none yet.
-    """
-    found = run.store.read_json("ranking.json")
-    if found is None:
-        raise BadRun(f"no ranking in {run.store.location!r} yet: run `dpt-search rank` on it first")
-    return Ranking(tuple(found["attn"]), tuple(found["act"]))
-
-
-def check_budgets(budgets: tuple[Budget, ...], space: RatioSpace) -> None:
-    """Refuse budgets that the space cannot meet.
-
-    Raises:
-        BadConfig: one is larger than the space.
-    """
-    for budget in budgets:
-        try:
-            budget.feasible(space)
-        except ValueError as error:
-            raise BadConfig(str(error)) from None
 
 
 def search(run: Run) -> None:
@@ -61,15 +38,17 @@ def search(run: Run) -> None:
     distributions = search_space(config.sampler, ranking.space, config.budgets)
 
     def work(_: str) -> None:
+        run.start_ray()
+        beside = ProbeBeside.started(run)
         if not unfinished(log) and len(searched(log)) >= config.max_trials:
+            beside.finish()
             check_any_finished(log)
             return
-        run.start_ray()
         concurrent = _concurrent(run, ranking.space)
         lines = TrialLines(run.say, log, config.max_trials, concurrent)
         plan = SearchPlan(
             name=config.sampler,
-            sampler=_sampler(run, ranking),
+            sampler=_sampler(run, ranking, beside.hints),
             distributions=distributions,
             cell_of=lambda params: cell_of(params, ranking.space, config.budgets),
             params_of=lambda cell: params_of(cell, config.sampler, ranking.space, config.budgets),
@@ -77,6 +56,7 @@ def search(run: Run) -> None:
             seed=config.seed,
             max_trials=config.max_trials,
             max_failures=config.max_failures,
+            start=config.start,
             deadline=time.time() + 3600 * config.max_hours if config.max_hours else math.inf,
         )
         task = TrialTask(
@@ -84,8 +64,10 @@ def search(run: Run) -> None:
             recipe=config.trial,
             checkpoints=run.store.path("checkpoints"),
             timeout=config.trial_timeout,
+            start=run.start_weights,
         )
         run_search(plan, log, task, run.resources, concurrent, partial(_ended, run.store, lines))
+        beside.finish()
         for name in run.store.names("checkpoints"):
             run.store.delete(f"checkpoints/{name}")
         log.compact()
@@ -93,7 +75,7 @@ def search(run: Run) -> None:
 
     inputs = [
         run.store.read_json("ranking.json"), config.sampler, str(config.budget), config.max_trials, config.max_hours,
-        len(unfinished(log)),
+        len(unfinished(log)), {k: v for k, v in asdict(config).items() if k.startswith("probe_")}, config.prior,
     ]  # fmt: skip
     run.stage("search", inputs, "trials", work)
 
@@ -118,12 +100,12 @@ def check_any_finished(log: TrialLog) -> None:
         )
 
 
-def _sampler(run: Run, ranking: Ranking) -> BaseSampler:
+def _sampler(run: Run, ranking: Ranking, hints: Callable[[], list[Array]]) -> BaseSampler:
     config = run.config
-    cost = _trial_cost(run, ranking)
     return make_sampler(
-        config.sampler, ranking.space, config.budgets, seed=config.seed, cost=cost, design=config.design
-    )
+        config.sampler, ranking.space, config.budgets, seed=config.seed, cost=_trial_cost(run, ranking),
+        design=config.design, hints=hints,
+    )  # fmt: skip
 
 
 def _trial_cost(run: Run, ranking: Ranking) -> Callable[[Cell], float]:
@@ -149,7 +131,10 @@ def recommend_stage(run: Run) -> None:
     def work(_: str) -> None:
         run.store.write_json("recommendation.json", decide(run, run.config.budgets))
 
-    inputs = [digest_of(done), str(run.config.budget), run.store.read_json("ranking.json"), _costs_digest(run)]
+    inputs = [
+        digest_of(done), str(run.config.budget), run.store.read_json("ranking.json"), run.config.prior,
+        *(_file_digest(run, name) for name in ("costs.parquet", "probe.parquet")),
+    ]  # fmt: skip
     run.stage("recommend", inputs, "recommendation.json", work)
 
 
@@ -169,7 +154,8 @@ def decide(run: Run, budgets: tuple[Budget, ...]) -> dict[str, Any]:
     if not observations:
         raise BadRun(f"no trial in {run.store.location!r} has finished yet: run `dpt-search search` on it first")
     check_budgets(budgets, ranking.space)
-    surface, found = recommend(ranking.space, budgets, observations)
+    hints = hints_of(run.store, ranking.space, run.config.prior)
+    surface, found = recommend(ranking.space, budgets, observations, hints)
     rows = []
     for each in found:
         plan = ranking.plan(each.cell)
@@ -202,5 +188,5 @@ def chosen_row(run: Run) -> dict[str, Any]:
     return rows[0]
 
 
-def _costs_digest(run: Run) -> str:
-    return digest_of(run.store.read("costs.parquet").hex()) if run.store.exists("costs.parquet") else ""
+def _file_digest(run: Run, name: str) -> str:
+    return digest_of(run.store.read(name).hex()) if run.store.exists(name) else ""

@@ -1,6 +1,6 @@
 """The stages of a run, in order; each reads and writes the run directory only.
 
-dense -> profile -> rank -> probe -> search -> recommend -> refine -> finetune -> export -> report
+dense -> profile -> rank -> (probe beside) search -> recommend -> refine -> finetune -> export -> report
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Any
 
 from dpt_search.config import BadConfig, RunConfig
 from dpt_search.costs_table import read_costs, write_costs
+from dpt_search.hints import prior_surface
 from dpt_search.probe_stage import probe
 from dpt_search.progress import EpochLines
 from dpt_search.refine import refine
-from dpt_search.run import Run, base_task, identity_of
-from dpt_search.search_stages import check_budgets, chosen_row, read_ranking, recommend_stage, search
+from dpt_search.run import Run, base_task, check_budgets, digest_of, identity_of, read_ranking
+from dpt_search.search_stages import chosen_row, recommend_stage, search
 from dpt_search.store import BadRun
 from search_spaces.plan import PruningPlan
 from search_spaces.ratios import RatioSpace
@@ -50,6 +51,8 @@ def dense(run: Run) -> None:
         run.store.write_json("dense/dense.json", {**found, **told})
 
     _check_content(run)
+    for location in run.config.prior:
+        prior_surface(location, RatioSpace(1, 1))
     run.stage("dense", identity_of(run.config), "dense/dense.json", work)
     _clear(run, "dense")
     found = run.store.read_json("dense/dense.json")
@@ -133,7 +136,7 @@ def finetune(run: Run) -> None:
         plan = PruningPlan.parse(chosen["plan"])
         result = _train(run, run.task(), plan, config.finetune, "finetune", digest)
         run.store.write_json(
-            "finetune/finetune.json", {**result, "budget": chosen["budget"], "start": "dense", "inputs": digest}
+            "finetune/finetune.json", {**result, "budget": chosen["budget"], "start": config.start, "inputs": digest}
         )
 
     run.stage("finetune", _finetune_inputs(run, chosen), "finetune/finetune.json", work)
@@ -141,7 +144,9 @@ def finetune(run: Run) -> None:
 
 
 def _finetune_inputs(run: Run, chosen: dict[str, Any]) -> Any:
-    return [chosen["plan"], asdict(run.config.finetune), identity_of(run.config)]
+    weights = run.start_weights
+    started = digest_of(run.store.read_json("stages/probe.json")) if weights else ""
+    return [chosen["plan"], asdict(run.config.finetune), identity_of(run.config), started]
 
 
 def _train(
@@ -152,6 +157,7 @@ def _train(
     task = FinetuneTask(
         **told | {"threads": run.config.cpus_per_trial},
         recipe=recipe, plan=str(plan), folder=run.store.path(folder), inputs=digest, workers=workers,
+        start=run.start_weights if plan.units else "",
     )  # fmt: skip
     lines = EpochLines(run.say, run.store, f"{folder}/progress.json", digest, recipe.epochs)
     result: dict[str, Any] = run.call(
@@ -226,6 +232,9 @@ STAGES: dict[str, Callable[[Run], Any]] = {
     "report": report,
 }
 """Every stage by name, in order."""
+
+WHOLE = tuple(name for name in STAGES if name != "probe")
+"""What a whole run does; its search has the probe beside it."""
 
 
 def _listed(indices: tuple[int, ...]) -> str:

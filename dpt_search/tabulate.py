@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,17 +17,15 @@ from dpt_search.config import RunConfig
 from dpt_search.lease import Lease
 from dpt_search.progress import duration
 from dpt_search.remote import StageFailed, call_each, resources
-from dpt_search.run import Run, commit, digest_of, identity_of, versions
-from dpt_search.search_stages import read_ranking
+from dpt_search.run import Run, commit, digest_of, identity_of, read_ranking, versions
 from dpt_search.store import BadRun, RunStore
 from dpt_search.surface_table import NAME, SCHEMA, write_table
 from search_spaces import BadInput
 from search_spaces.plan import Ranking
-from search_spaces.ratios import Cell, RatioSpace
+from search_spaces.ratios import Cell, RatioSpace, spread
 from trainables.tasks import TrialTask
 
 FOLDER = "table"
-START = "dense"
 SEED_STEP = 1000
 """Apart are the seeds of two trials: an epoch's order is seeded by the trial's seed plus the epoch."""
 
@@ -74,25 +72,6 @@ def wanted_cells(space: RatioSpace, cells: str) -> list[Cell]:
     return spread(space, [cell for cell in space if cells == "all" or cell.total % 2 == 0])
 
 
-def spread(space: RatioSpace, cells: Sequence[Cell]) -> list[Cell]:
-    """Order cells so that each is as far as can be from all before it, in pruning ratios; the dense model first."""
-    left = {cell: float("inf") for cell in sorted(cells)}
-    ordered: list[Cell] = []
-    while left:
-        # Of equally far ones, that with the fewest units.
-        chosen = max(left, key=lambda cell: (left[cell], -cell.total))
-        ordered.append(chosen)
-        del left[chosen]
-        for cell in left:
-            left[cell] = min(left[cell], _distance(space, chosen, cell))
-    return ordered
-
-
-def _distance(space: RatioSpace, one: Cell, other: Cell) -> float:
-    pairs = zip(space.ratios(one), space.ratios(other), strict=True)
-    return sum((a - b) ** 2 for a, b in pairs)
-
-
 def jobs_of(space: RatioSpace, cells: str, seeds: int) -> list[Job]:
     """Return all trials of a request, in order: seed by seed, well spread cells first."""
     position = {cell: index for index, cell in enumerate(space)}
@@ -119,7 +98,7 @@ def tabulate(run: Run, cells: str, seeds: int, shard: tuple[int, int]) -> str:
     ranking = _checked_ranking(run)
     inputs = digest_of([identity_of(run.config), asdict(ranking)])
     jobs = jobs_of(ranking.space, cells, seeds)
-    records = Records(run.store, inputs)
+    records = Records(run.store, inputs, run.config.start)
     missing = [job for job in jobs[shard[0] :: shard[1]] if not records.has(job)]
     if missing:
         _run_missing(run, ranking, missing, records, shard)
@@ -142,8 +121,8 @@ def _checked_ranking(run: Run) -> Ranking:
 class Records:
     """The trials of `table/` that were made from the same inputs."""
 
-    def __init__(self, store: RunStore, inputs: str) -> None:
-        self._store, self._inputs = store, inputs
+    def __init__(self, store: RunStore, inputs: str, start: str = "dense") -> None:
+        self._store, self._inputs, self._start = store, inputs, start
 
     def read(self, job: Job) -> dict[str, Any] | None:
         """Return a trial's record; None when there is none of these inputs, or it is broken."""
@@ -161,7 +140,7 @@ class Records:
         """Write a trial's record whole, and return it; a trial that failed has no accuracy."""
         error = result["error"]
         record = {
-            "n_attn": job.cell.n_attn, "n_act": job.cell.n_act, "plan": plan, "seed": job.seed, "start": START,
+            "n_attn": job.cell.n_attn, "n_act": job.cell.n_act, "plan": plan, "seed": job.seed, "start": self._start,
             "trial_seed": job.trial_seed, "status": "failed" if error else "finished", "error": error,
             "removed_accuracy": result.get("removed_accuracy"), "accuracies": result.get("accuracies", []),
             "accuracy": None if error else result["accuracies"][-1], "cost": result.get("cost", 0.0),
@@ -179,7 +158,7 @@ def _run_missing(run: Run, ranking: Ranking, missing: list[Job], records: Record
     with Lease(own):
         states = own.path("states")
         run.store.delete_dir(f"{FOLDER}/shard-{shard[0]}-of-{shard[1]}/states")
-        task = TrialTask(**run.task(threads=1), recipe=run.config.trial, checkpoints=states)
+        task = TrialTask(**run.task(threads=1), recipe=run.config.trial, checkpoints=states, start=run.start_weights)
         plans = [str(ranking.plan(job.cell)) for job in missing]
         told = [(task, j.number, plan, j.trial_seed) for j, plan in zip(missing, plans, strict=True)]
         run.start_ray()
@@ -230,7 +209,7 @@ def _provenance(run: Run, ranking: Ranking, rows: list[dict[str, Any]], request:
         "command": " ".join(sys.argv),
         "cells": request[0],
         "seeds": request[1],
-        "start": START,
+        "start": config.start,
         "ranking": {"attn": list(ranking.attn), "act": list(ranking.act)},
         "dense_accuracy": dense["accuracy"],
         "images": {**images, "dense": dense["images"]},

@@ -27,8 +27,6 @@ from search_spaces.ratios import Cell
 from trainables.pruning_trial import PruningTrial, error_location
 from trainables.tasks import TrialTask
 
-START = "dense"
-"""What every trial's weights start from."""
 RETRIES = 2
 """How often a trial whose worker was lost goes on from its last epoch on another."""
 
@@ -51,6 +49,7 @@ class SearchPlan:
         seed: the run's seed; a trial's is this plus its number.
         max_trials: number of trials in all, recorded ones counted.
         max_failures: failed trials in a row that stop the search.
+        start: name of the weights that every trial starts from.
         deadline: clock time (seconds since the epoch) after which nothing is proposed.
     """
 
@@ -63,6 +62,7 @@ class SearchPlan:
     seed: int
     max_trials: int
     max_failures: int
+    start: str = "dense"
     deadline: float = math.inf
 
 
@@ -125,7 +125,7 @@ class RecordedSearch(Searcher):
         record = Proposed(
             trial=number,
             plan=str(self._plan.ranking.plan(self._plan.cell_of(params))),
-            start=START,
+            start=self._plan.start,
             seed=self._plan.seed + number,
             seen=sum(f.accuracy is not None for f in surface_trials(self._log, self._plan.ranking)),
             sampler=self._plan.name,

@@ -1,6 +1,6 @@
 """The lattice of pruning ratios: how many units of each kind are removed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -54,3 +54,22 @@ class RatioSpace:
         """Return the cells that remove exactly `total` units, by growing `n_attn`; empty if there are none."""
         first, last = max(0, total - self.n_act), min(self.n_attn, total)
         return [Cell(a, total - a) for a in range(first, last + 1)]
+
+
+def spread(space: RatioSpace, cells: Sequence[Cell]) -> list[Cell]:
+    """Order cells so that each is as far as can be from all before it, in pruning ratios; the dense model first."""
+    left = {cell: float("inf") for cell in sorted(cells)}
+    ordered: list[Cell] = []
+    while left:
+        # Of equally far ones, that with the fewest units.
+        chosen = max(left, key=lambda cell: (left[cell], -cell.total))
+        ordered.append(chosen)
+        del left[chosen]
+        for cell in left:
+            left[cell] = min(left[cell], _distance(space, chosen, cell))
+    return ordered
+
+
+def _distance(space: RatioSpace, one: Cell, other: Cell) -> float:
+    pairs = zip(space.ratios(one), space.ratios(other), strict=True)
+    return sum((a - b) ** 2 for a, b in pairs)

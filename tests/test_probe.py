@@ -249,7 +249,7 @@ class Calls:
 
 
 def test_a_run_without_a_probe_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, run = Calls(monkeypatch), ranked(tmp_path)
+    calls, run = Calls(monkeypatch), ranked(tmp_path, probe_epochs=0)
     probe(run)
     assert calls.tasks == []
     assert not run.store.exists("stages")
@@ -273,7 +273,7 @@ def test_the_stage_writes_what_it_promised_once(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize(
     ("changes", "again"),
-    [({"probe_lr": 0.1}, True), ({"probe_all": True}, True), ({"budget": "units=3"}, True), ({"max_trials": 9}, False)],
+    [({"probe_lr": 0.1}, True), ({"probe_cells": 3}, True), ({"budget": "units=3"}, True), ({"max_trials": 9}, False)],
 )
 def test_a_change_that_matters_makes_the_probe_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], again: bool
@@ -285,10 +285,11 @@ def test_a_change_that_matters_makes_the_probe_again(
 
 
 def test_its_recipe_is_a_trials_with_its_own_length_and_learning_rate(tmp_path: Path) -> None:
-    made = probe_task(ranked(tmp_path, probe_epochs=3, probe_all=True)).recipe
+    made = probe_task(ranked(tmp_path, probe_epochs=3)).recipe
     assert made == Recipe(epochs=3, lr=0.25, distillation="soft")
-    own = probe_task(ranked(tmp_path, probe_epochs=3, probe_lr=0.5, probe_draw="line", probe_all=True))
-    assert (own.recipe.lr, own.draw, own.lines, own.cells) == (0.5, "line", LINES, ALL)
+    own = probe_task(ranked(tmp_path, probe_epochs=3, probe_lr=0.5, probe_draw="line", probe_cells=7))
+    assert (own.recipe.lr, own.draw, own.lines, len(own.cells)) == (0.5, "line", LINES, 7)
+    assert set(own.cells) <= {Cell(0, 0), *(cell for line in LINES for cell in line)}
 
 
 def test_what_is_missing_or_broken_is_said(tmp_path: Path) -> None:

@@ -24,10 +24,10 @@ from dpt_search.remote import StageFailed
 from dpt_search.run import configured_run
 from dpt_search.store import BadRun, RunStore
 from dpt_search.surface_table import read_table
-from dpt_search.tabulate import Job, jobs_of, parse_shard, spread, tabulate, wanted_cells
+from dpt_search.tabulate import Job, jobs_of, parse_shard, tabulate, wanted_cells
 from search_spaces import BadInput
 from search_spaces.plan import PruningPlan
-from search_spaces.ratios import Cell, RatioSpace
+from search_spaces.ratios import Cell, RatioSpace, spread
 from trainables.settings import DataSettings, ModelSettings, Recipe
 
 ROOT = Path(__file__).parents[1]

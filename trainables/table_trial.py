@@ -40,7 +40,8 @@ def run_trial(task: TrialTask, number: int, plan: str, seed: int) -> dict[str, A
     images["val"] = len(workspace.images("val", task.data.val_limit))
     try:
         trial = Trial(workspace, task, number, PruningPlan.parse(plan), seed)
-        record: dict[str, Any] = {}
+        # One that had been trained to its end, by a process that was lost before it could say so, only tells.
+        record = trial.step()
         while not trial.done:
             record = trial.step()
     except BadInput:

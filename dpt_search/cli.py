@@ -152,16 +152,21 @@ def _tabulate(argv: list[str]) -> int:
     parser.add_argument("run", metavar="RUN", help="The run directory, with its dense model, profile and ranking done.")
     parser.add_argument("--cells", choices=["all", "even"], default="all", help="Even: an even number of units.")
     parser.add_argument("--seeds", type=int, default=3, help="Trials per cell (default: 3).")
+    parser.add_argument("--probes", type=int, default=0, help="Elastic probes to run instead, each with a seed.")
     parser.add_argument("--shard", default="0/1", help="I/N: every N-th trial from the I-th on (default: 0/1).")
     given = parse(parser, argv)
     if given.seeds < 1:
         raise BadInput(f"--seeds is {given.seeds}, but must be at least 1")
-    from dpt_search.run import configured_run
-    from dpt_search.tabulate import parse_shard, tabulate
+    from dpt_search.probe_seeds import tabulate_probes
+    from dpt_search.run import configured_run, read_ranking
+    from dpt_search.tabulate import parse_shard, tabulate, wanted_cells
 
     shard = parse_shard(given.shard)
     with configured_run(recorded_config(given.run), say) as run:
-        place = tabulate(run, given.cells, given.seeds, shard)
+        if given.probes:
+            place = tabulate_probes(run, given.probes, wanted_cells(read_ranking(run).space, given.cells))
+        else:
+            place = tabulate(run, given.cells, given.seeds, shard)
     if place:
         print(f"table: {place}")
     return 0
@@ -172,16 +177,25 @@ def _compare(argv: list[str]) -> int:
     parser.add_argument("tables", metavar="TABLE", nargs="+", help="Tables that `dpt-search tabulate` wrote.")
     parser.add_argument("--samplers", default="", help="Strategies, separated by commas; empty: all.")
     parser.add_argument("--budget", default="", help="Budgets decided at once; empty: units=4,6,... up to 5/6 of all.")
-    parser.add_argument("--workers", type=int, default=1, help="Trials at a time.")
+    parser.add_argument(
+        "--workers", default="1", help="Trials at a time; several, 1,2,4, are compared by time and cost."
+    )
     parser.add_argument("--seeds", type=int, default=30, help="Replays of every strategy.")
     parser.add_argument("--max_trials", type=int, default=60, help="Trials of every replay.")
-    parser.add_argument("--out", default="", help="Folder for a CSV and a plot of every table; empty: none.")
+    parser.add_argument("--each", action="store_true", help="Decide one budget after another, each on its own.")
+    parser.add_argument("--prior", default="", help="Table of an earlier run, for the strategy map/prior.")
+    parser.add_argument("--out", default="", help="Folder for a page, and CSV and plot of every table; empty: none.")
     given = parse(parser, argv)
-    from dpt_search.compare_report import run_comparison
+    from dpt_search.compare_report import Request, run_comparison
+    from dpt_search.strategies import STRATEGIES
 
-    for line in run_comparison(
-        given.tables, given.samplers, given.budget, given.workers, given.seeds, given.max_trials, given.out
-    ):
+    names = [name.strip() for name in given.samplers.split(",") if name.strip()] or list(STRATEGIES)
+    try:
+        workers = [int(number) for number in given.workers.split(",")]
+    except ValueError:
+        raise BadInput(f"cannot read --workers {given.workers!r}: write 4, or several: 1,2,4") from None
+    told = (given.budget, workers, given.seeds, given.max_trials, given.each, given.prior, given.out)
+    for line in run_comparison(Request(given.tables, names, *told)):
         print(line, flush=True)
     return 0
 

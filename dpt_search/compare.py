@@ -11,14 +11,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import kendalltau
 
 from dpt_search.map_predictor import Array
-from dpt_search.strategies import STRATEGIES, Problem
+from dpt_search.probe_seeds import ProbeSeeds
+from dpt_search.problem import Probe, Problem
+from dpt_search.strategies import STRATEGIES
 from dpt_search.surface_table import SurfaceTable
 from search_spaces.budgets import Budget
 from search_spaces.ratios import Cell
 
 POINT = 0.01
+_PROBE = -1
+"""Token of the probe among the running trials."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +35,17 @@ class Trace:
         time: [n] virtual time, in the same unit.
         regret: [n, budgets] accuracy lost by what would be chosen, in units of accuracy.
         floor: [budgets] the noise floor.
+        tau: Kendall's tau between the surface believed in at the end and the true one, mean over the budgets' lines;
+            nan where the strategy believes in none.
+        upfront: cost of a probe, which is in `cost` from the start.
     """
 
     cost: Array
     time: Array
     regret: Array
     floor: Array
+    tau: float
+    upfront: float = 0.0
 
     @property
     def excess(self) -> Array:
@@ -46,12 +56,15 @@ class Trace:
 class Judge:
     """What a replay observes, and what its decisions are worth."""
 
-    def __init__(self, table: SurfaceTable, budgets: Sequence[Budget], seed: int) -> None:
+    def __init__(
+        self, table: SurfaceTable, budgets: Sequence[Budget], seed: int, probes: ProbeSeeds | None = None
+    ) -> None:
         """
         Args:
             table: the surface; at least two seeds.
             budgets: what is decided.
-            seed: of the replay; the observed column rotates with it.
+            seed: of the replay; the observed column, and the probe, rotate with it.
+            probes: what the probe says, with several seeds; None where that is not known.
         """
         seeds = table.accuracies.shape[1]
         if seeds < 2:
@@ -62,10 +75,30 @@ class Judge:
         others = np.delete(table.accuracies, self._observed, axis=1)
         self._truth = np.nanmean(others, axis=1)
         self.noise = table_noise(table)
+        self.probe = self._probe(probes, seed) if probes is not None else None
         self._drawn: dict[Cell, list[int]] = {}
         self._lines = [np.array([self._index[c] for c in b.feasible(table.space) if c in self._index]) for b in budgets]
         seen = table.accuracies[:, self._observed]
         self.floor = np.array([self._lost(line, line[int(np.argmax(seen[line]))]) for line in self._lines])
+
+    def _probe(self, probes: ProbeSeeds, seed: int) -> Probe:
+        dense = self._table.costs[self._index[Cell(0, 0)]]
+        said = probes.accuracies[:, seed % probes.accuracies.shape[1]].tolist()
+        costs = (probes.costs / dense).tolist()
+        return Probe(
+            dict(zip(probes.cells, said, strict=True)),
+            dict(zip(probes.cells, costs, strict=True)),
+            probes.training_cost / dense,
+        )
+
+    def tau(self, surface: Array | None) -> float:
+        """Return Kendall's tau between a surface, [cells of the space], and the true one, mean over the lines."""
+        if surface is None:
+            return float("nan")
+        position = {cell: i for i, cell in enumerate(self._table.space)}
+        believed = surface[[position[cell] for cell in self._table.cells]]
+        taus = [kendalltau(believed[line], self._truth[line])[0] for line in self._lines if len(line) > 1]
+        return float(np.nanmean(taus)) if taus else float("nan")
 
     def observe(self, cell: Cell) -> float:
         """Return a trial's accuracy: the observed seed's, then that of a seed not drawn yet, then noisy means.
@@ -117,23 +150,37 @@ def table_noise(table: SurfaceTable) -> float:
 
 
 def replay(
-    table: SurfaceTable, name: str, budgets: Sequence[Budget], *, seed: int, workers: int, max_trials: int
+    table: SurfaceTable,
+    name: str,
+    budgets: Sequence[Budget],
+    *,
+    seed: int,
+    workers: int,
+    max_trials: int,
+    probes: ProbeSeeds | None = None,
+    prior: Array | None = None,
 ) -> Trace:
-    """Run one strategy over a table.
+    """Run a strategy against a table.
+
+    A probe takes one of the workers, from the start; its whole cost counts from the first trial on.
 
     Args:
         table: the surface.
-        name: one of `STRATEGIES`.
+        name: key of `STRATEGIES`.
         budgets: what is decided.
         seed: of the strategy and of what it observes.
         workers: trials at a time.
         max_trials: number of trials.
+        probes: what the probe says.
+        prior: [cells], an earlier run's surface, for the strategies that take one.
     """
-    judge = Judge(table, budgets, seed)
-    strategy = STRATEGIES[name](Problem(table.space, budgets, judge.cost, seed))
+    judge = Judge(table, budgets, seed, probes)
+    strategy = STRATEGIES[name](Problem(table.space, budgets, judge.cost, seed, judge.probe, prior))
     running: list[tuple[float, int, Cell]] = []
     costs, times, regrets = [], [], []
-    asked, spent, now = 0, 0.0, 0.0
+    asked, spent, now = 0, strategy.upfront, 0.0
+    if strategy.upfront:
+        heapq.heappush(running, (strategy.upfront, _PROBE, Cell(0, 0)))
     while True:
         while len(running) < workers and asked < max_trials:
             found = strategy.ask()
@@ -144,57 +191,16 @@ def replay(
         if not running:
             break
         now, token, cell = heapq.heappop(running)
-        spent += judge.cost(cell)
-        strategy.tell(token, judge.observe(cell))
+        if token == _PROBE:
+            strategy.take_probe()
+        else:
+            spent += judge.cost(cell)
+            strategy.tell(token, judge.observe(cell))
         costs.append(spent)
         times.append(now)
         regrets.append(judge.regret(strategy.choose()))
-    return Trace(np.array(costs), np.array(times), np.array(regrets), judge.floor)
-
-
-@dataclass(frozen=True)
-class Curve:
-    """The mean of many replays of one strategy.
-
-    Attributes:
-        name: the strategy.
-        cost: [m] common grid of cost.
-        mean: [m] regret above the floor, averaged over budgets and replays.
-        low: [m] lower end of its 95 % interval, over replays.
-        high: [m] upper end.
-        quartiles: [2, m] over replays.
-        hit_rate: [m] share of decisions with no regret above the floor.
-    """
-
-    name: str
-    cost: Array
-    mean: Array
-    low: Array
-    high: Array
-    quartiles: Array
-    hit_rate: Array
-
-    def cost_to(self, points: float) -> float:
-        """Return the least cost from which the mean regret above the floor stays at or below `points`; inf if never."""
-        over = np.flatnonzero(~(self.mean <= points * POINT))
-        if len(over) == 0:
-            return float(self.cost[0])
-        return float(self.cost[over[-1] + 1]) if over[-1] + 1 < len(self.cost) else float("inf")
-
-
-def curve(name: str, traces: Sequence[Trace], grid: Array) -> Curve:
-    """Average replays on a grid of cost; before a replay's first trial it counts with its first decision."""
-    rows, hits = [], []
-    for trace in traces:
-        at = np.clip(np.searchsorted(trace.cost, grid, side="right") - 1, 0, None)
-        rows.append(trace.excess[at])
-        hits.append((trace.regret <= trace.floor + 1e-12).mean(axis=1)[at])
-    values = np.array(rows)
-    error = 1.96 * values.std(axis=0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.zeros(len(grid))
-    mean = values.mean(axis=0)
-    return Curve(
-        name, grid, mean, mean - error, mean + error, np.quantile(values, [0.25, 0.75], axis=0), np.mean(hits, axis=0)
-    )
+    tau = judge.tau(strategy.surface())
+    return Trace(np.array(costs), np.array(times), np.array(regrets), judge.floor, tau, strategy.upfront)
 
 
 def compare(
@@ -205,13 +211,32 @@ def compare(
     seeds: int,
     workers: int,
     max_trials: int,
-) -> list[Curve]:
-    """Replay every strategy with every seed, on one grid of cost."""
-    grid = np.arange(1.0, max_trials + 1.0)
-    curves = []
-    for name in names:
-        traces = [
-            replay(table, name, budgets, seed=seed, workers=workers, max_trials=max_trials) for seed in range(seeds)
+    each: bool = False,
+    probes: ProbeSeeds | None = None,
+    prior: Array | None = None,
+) -> dict[str, list[list[Trace]]]:
+    """Replay every strategy with every seed.
+
+    Args:
+        table: the surface.
+        names: keys of `STRATEGIES`.
+        budgets: what is decided.
+        seeds: replays of every strategy.
+        workers: trials at a time.
+        max_trials: number of trials.
+        each: solve one budget after another, each on its own; else all together.
+        probes: what the probe says.
+        prior: [cells], an earlier run's surface.
+
+    Returns:
+        By strategy, by seed, the replays of all budgets.
+    """
+    problems = [[budget] for budget in budgets] if each else [list(budgets)]
+    told = {"workers": workers, "max_trials": max_trials, "probes": probes, "prior": prior}
+    return {
+        name: [
+            [replay(table, name, problem, seed=seed, **told) for problem in problems]  # type: ignore[arg-type]
+            for seed in range(seeds)
         ]
-        curves.append(curve(name, traces, grid))
-    return curves
+        for name in names
+    }

@@ -1,64 +1,147 @@
-"""What a comparison came to: a printed table, a CSV and a plot of regret against cost."""
+"""What a comparison came to: printed tables, CSV, plots of regret against cost, and a page with all of it."""
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import optuna
 
-from dpt_search.compare import POINT, Curve, compare
+from dpt_search.blend import Blend
+from dpt_search.compare import POINT, compare
 from dpt_search.config import BadConfig
+from dpt_search.curves import Curve, mean_curve
+from dpt_search.hints import resampled
+from dpt_search.map_predictor import Array
+from dpt_search.map_sampler import ratios
+from dpt_search.posterior import Data
+from dpt_search.probe_seeds import read_probes
 from dpt_search.strategies import STRATEGIES
 from dpt_search.summary import text_table
-from dpt_search.surface_table import read_table
+from dpt_search.surface_table import SurfaceTable, read_table
 from search_spaces.budgets import Budget, parse_budgets
 from search_spaces.ratios import RatioSpace
+from trainables.locations import is_dir
 
 TARGETS = (0.25, 0.15)
 """Regret above the noise floor, in points, whose cost is told."""
 
 
-def run_comparison(
-    tables: Sequence[str], names: str, budget: str, workers: int, seeds: int, max_trials: int, out: str
-) -> Iterator[str]:
-    """Compare on one table after another, and yield what to print.
+@dataclass(frozen=True)
+class Request:
+    """What to compare.
 
-    Args:
-        tables: where they are.
-        names: strategies, separated by commas; empty for all.
+    Attributes:
+        tables: where the tables are; a table's probes lie beside it.
+        names: keys of `STRATEGIES`.
         budget: text form; empty for `default_budgets`.
-        workers: trials at a time.
+        workers: trials at a time; several numbers are compared by the time and the cost that they need.
         seeds: replays of every strategy.
         max_trials: trials of every replay.
-        out: folder for CSV and plot; empty for none.
+        each: one budget after another, each on its own.
+        prior: table of an earlier run, for the strategies that take one; empty for none.
+        out: folder for CSV, plots and page; empty for none.
+    """
+
+    tables: Sequence[str]
+    names: Sequence[str]
+    budget: str
+    workers: Sequence[int]
+    seeds: int
+    max_trials: int
+    each: bool
+    prior: str
+    out: str
+
+    def check(self) -> None:
+        """Refuse what cannot be compared.
+
+        Raises:
+            BadConfig: a strategy is unknown or a number makes no sense.
+        """
+        unknown = sorted(set(self.names) - set(STRATEGIES))
+        if unknown:
+            raise BadConfig(f"no strategy {unknown[0]!r}: use some of {', '.join(STRATEGIES)}")
+        if min(*self.workers, self.seeds, self.max_trials) < 1:
+            raise BadConfig("--workers, --seeds and --max-trials must be at least 1")
+
+
+def run_comparison(request: Request) -> Iterator[str]:
+    """Compare on one table after another, and yield what to print.
 
     Raises:
-        BadConfig: a strategy is unknown or a number makes no sense.
+        BadConfig: the request makes no sense.
+        BadRun: a table cannot be read.
     """
-    chosen = [name.strip() for name in names.split(",") if name.strip()] or list(STRATEGIES)
-    unknown = sorted(set(chosen) - set(STRATEGIES))
-    if unknown:
-        raise BadConfig(f"no strategy {unknown[0]!r}: use some of {', '.join(STRATEGIES)}")
-    if min(workers, seeds, max_trials) < 1:
-        raise BadConfig("--workers, --seeds and --max-trials must be at least 1")
+    request.check()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    for location in tables:
+    shown = []
+    for location in request.tables:
         table = read_table(location)
         try:
-            budgets = list(parse_budgets(budget)) if budget else default_budgets(table.space)
-            curves = compare(table, chosen, budgets, seeds=seeds, workers=workers, max_trials=max_trials)
+            budgets = list(parse_budgets(request.budget)) if request.budget else default_budgets(table.space)
+            groups = [_curves(request, location, table, budgets, workers) for workers in request.workers]
         except ValueError as error:
             raise BadConfig(f"{location}: {error}") from None
-        yield f"{location}: {len(table.cells)} cells, {table.accuracies.shape[1]} seeds; {', '.join(map(str, budgets))}"
-        yield f"\n{comparison_table(curves)}\n"
-        if out:
-            folder = Path(out)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_csv(folder / f"{Path(location).stem}.csv", curves)
-            write_plot(folder / f"{Path(location).stem}.png", curves, Path(location).stem)
+        together = "one at a time" if request.each else "together"
+        title = (
+            f"{location}: {len(table.cells)} cells, {table.accuracies.shape[1]} seeds; "
+            f"{', '.join(map(str, budgets))}, {together}; noise floor {groups[0][0][0].floor / POINT:.2f} points"
+        )
+        yield title
+        tables = [f"workers={w}\n{comparison_table(c)}" for w, (c, _) in zip(request.workers, groups, strict=True)]
+        if len(groups) > 1:
+            tables = [scaling_table(request.workers, groups)]
+        yield "\n" + "\n\n".join(tables) + "\n"
+        shown.append((Path(location).stem, title, "\n\n".join(tables), groups[0][0]))
+        if request.out:
+            write_csv(_folder(request.out) / f"{shown[-1][0]}.csv", groups[0][0])
+            write_plot(_folder(request.out) / f"{shown[-1][0]}.png", groups[0][0], shown[-1][0])
+    if request.out:
+        page = _folder(request.out) / "compare.html"
+        write_page(page, shown)
+        yield f"page: {page}"
+
+
+def _folder(name: str) -> Path:
+    Path(name).mkdir(parents=True, exist_ok=True)
+    return Path(name)
+
+
+def _curves(
+    request: Request, location: str, table: SurfaceTable, budgets: Sequence[Budget], workers: int
+) -> tuple[list[Curve], list[Curve]]:
+    """Return every strategy's curve over cost, and over virtual time."""
+    found = compare(
+        table, request.names, budgets, seeds=request.seeds, workers=workers, max_trials=request.max_trials,
+        each=request.each, probes=read_probes(probes_of(location)), prior=_prior(request.prior, table.space),
+    )  # fmt: skip
+    grid = np.arange(1.0, request.max_trials + 1.0)
+    by_time = [mean_curve(name, traces, grid / 4, "time") for name, traces in found.items()]
+    return [mean_curve(name, traces, grid) for name, traces in found.items()], by_time
+
+
+def probes_of(location: str) -> str:
+    """Return where a table's probes are: beside it, `probes.parquet` in a run, else `NAME.probes.parquet`."""
+    if is_dir(location):
+        return f"{location.rstrip('/')}/probes.parquet"
+    stem = location.removesuffix(".parquet")
+    return f"{stem.removesuffix('table')}probes.parquet" if stem.endswith("/table") else f"{stem}.probes.parquet"
+
+
+def _prior(location: str, space: RatioSpace) -> Array | None:
+    """Return the surface that a search of another table would have ended with, at this space's ratios."""
+    if not location:
+        return None
+    table = read_table(location)
+    index = {cell: i for i, cell in enumerate(table.space)}
+    data = Data.of(np.array([index[cell] for cell in table.cells]), np.nanmean(table.accuracies, axis=1))
+    return resampled(Blend(ratios(table.space)).posterior(data).mean, table.space, space)
 
 
 def default_budgets(space: RatioSpace) -> list[Budget]:
@@ -75,15 +158,35 @@ def comparison_table(curves: Sequence[Curve]) -> str:
         *(f"to {target} points" for target in TARGETS),
         *(f"regret at {curves[0].cost[i]:.0f}" for i in shown),
         f"best cell at {curves[0].cost[last]:.0f}",
+        "tau",
     )
     rows = []
     for curve in sorted(curves, key=lambda c: (c.cost_to(TARGETS[-1]), c.mean[last])):
-        costs = (f"{cost:.0f}" if (cost := curve.cost_to(target)) < float("inf") else "never" for target in TARGETS)
+        costs = (_cost(curve.cost_to(target)) for target in TARGETS)
         regrets = (
-            f"{curve.mean[i] / POINT:.2f} ({curve.low[i] / POINT:.2f} to {curve.high[i] / POINT:.2f})" for i in shown
+            f"{curve.mean[i] / POINT:.2f} ({curve.low[i] / POINT:.2f} to {curve.high[i] / POINT:.2f})"
+            if np.isfinite(curve.mean[i])
+            else "probing"
+            for i in shown
         )
-        rows.append((curve.name, *costs, *regrets, f"{curve.hit_rate[last]:.0%}"))
+        tau = f"{curve.tau:.2f}" if np.isfinite(curve.tau) else ""
+        rows.append((curve.name, *costs, *regrets, f"{curve.hit_rate[last]:.0%}", tau))
     return text_table(header, rows)
+
+
+def _cost(cost: float) -> str:
+    return f"{cost:g}" if cost < float("inf") else "never"
+
+
+def scaling_table(workers: Sequence[int], groups: Sequence[tuple[list[Curve], list[Curve]]]) -> str:
+    """Return, per strategy and number of workers, virtual time and total cost to the last target."""
+    target = TARGETS[-1]
+    header = ("strategy", *(f"{count} worker{'s' * (count > 1)}" for count in workers))
+    rows = []
+    for number, curve in enumerate(groups[0][0]):
+        pairs = [(by_time[number].cost_to(target), by_cost[number].cost_to(target)) for by_cost, by_time in groups]
+        rows.append((curve.name, *(f"{_cost(time)} / {_cost(cost)}" for time, cost in pairs)))
+    return f"time / cost to {target} points, in trials of the dense model\n" + text_table(header, rows)
 
 
 def write_csv(path: Path, curves: Sequence[Curve]) -> None:
@@ -113,7 +216,8 @@ def write_plot(path: Path, curves: Sequence[Curve], title: str) -> None:
 
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    colours = {"map": "#0072b2", "gp-lattice": "#d55e00", "walk": "#009e73"}
+    colours = {"map": "#0072b2", "map/no-probe": "#56b4e9", "map/prior": "#cc79a7", "gp-lattice": "#d55e00"}
+    colours["walk"] = "#009e73"
     for number, curve in enumerate(sorted(curves, key=lambda c: c.name in colours)):
         colour = colours.get(curve.name, str(0.45 + 0.4 * number / max(1, len(curves))))
         width = 2.2 if curve.name in colours else 1.0
@@ -128,3 +232,18 @@ def write_plot(path: Path, curves: Sequence[Curve], title: str) -> None:
     axes.set_ylim(bottom=-0.05)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=140)
+
+
+def write_page(path: Path, shown: Sequence[tuple[str, str, str, Sequence[Curve]]]) -> None:
+    """Write one self-contained page: per table its name, what was compared, the printed table and the plot."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(loader=PackageLoader("dpt_search", "."), autoescape=True, undefined=StrictUndefined)
+    sections = [
+        {
+            "name": name, "title": title, "table": table,
+            "plot": base64.b64encode((path.parent / f"{name}.png").read_bytes()).decode(),
+        }
+        for name, title, table, _ in shown
+    ]  # fmt: skip
+    path.write_text(environment.get_template("compare.html.jinja").render(sections=sections))

@@ -51,10 +51,15 @@ def prior_surface(location: str, space: RatioSpace) -> Array:
     found = RunStore(location).read_json("recommendation.json")
     if found is None:
         raise BadConfig(f"prior {location!r} has no recommendation.json: name the directory of a run that has searched")
-    surface, values = found["surface"], np.array(found["surface"]["mean"])
-    axes = []
-    for axis, units in enumerate((surface["n_attn"], surface["n_act"])):
+    surface = found["surface"]
+    return resampled(np.ravel(surface["mean"]), RatioSpace(surface["n_attn"], surface["n_act"]), space)
+
+
+def resampled(surface: Array, own: RatioSpace, space: RatioSpace) -> Array:
+    """Return a surface over one space, [cells of `own`], at the ratios of another, [cells of `space`]."""
+    values, axes = surface.reshape(own.n_attn + 1, own.n_act + 1), []
+    for axis in (0, 1):
         # A kind without units has one row, at ratio 0.
-        values = values if units else np.repeat(values, 2, axis=axis)
+        values = values if values.shape[axis] > 1 else np.repeat(values, 2, axis=axis)
         axes.append(np.linspace(0, 1, values.shape[axis]))
     return np.asarray(RegularGridInterpolator(axes, values)(ratios(space)))

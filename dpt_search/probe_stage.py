@@ -11,7 +11,7 @@ from typing import Any
 
 from dpt_search.hints import hints_of
 from dpt_search.map_predictor import Array
-from dpt_search.probe_table import NAME, write_probe
+from dpt_search.probe_table import NAME, SCHEMA, write_probe
 from dpt_search.remote import Pending, StageFailed, begin, capacity
 from dpt_search.run import Run, check_budgets, identity_of, read_ranking
 from search_spaces.ratios import Cell, spread
@@ -101,7 +101,8 @@ def _announce(run: Run, task: ProbeTask) -> None:
 
 def _write(run: Run, task: ProbeTask, found: dict[str, Any]) -> None:
     told = {"draw": task.draw, "sandwich": task.sandwich, "seed": task.seed, "recipe": asdict(task.recipe)}
-    write_probe(run.store, found.pop("rows"), {**found, **told})
+    rows = [{name: row[name] for name in SCHEMA.names} for row in found.pop("rows")]
+    write_probe(run.store, rows, {**found, **told})
     run.store.delete("probe/state.pt")
 
 

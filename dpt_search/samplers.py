@@ -18,31 +18,31 @@ from dpt_search.map_sampler import MapSampler
 from search_spaces.budgets import Budget
 from search_spaces.ratios import Cell, RatioSpace
 
-_Make = Callable[[int], BaseSampler]
-"""Makes a sampler from a seed."""
+_Make = Callable[[int, int], BaseSampler]
+"""Makes a sampler from a seed and a number of random trials before its model counts, where it has one."""
 
 
-def _tpe(seed: int) -> BaseSampler:
-    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=4, multivariate=True, constant_liar=True)
+def _tpe(seed: int, startup: int) -> BaseSampler:
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, constant_liar=True)
 
 
-def _gp(seed: int) -> BaseSampler:
-    return optuna.samplers.GPSampler(seed=seed, n_startup_trials=4)
+def _gp(seed: int, startup: int) -> BaseSampler:
+    return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup)
 
 
-def _cmaes(seed: int) -> BaseSampler:
+def _cmaes(seed: int, startup: int) -> BaseSampler:
     return optuna.samplers.CmaEsSampler(seed=seed, n_startup_trials=1, warn_independent_sampling=False)
 
 
-def _qmc(seed: int) -> BaseSampler:
+def _qmc(seed: int, startup: int) -> BaseSampler:
     return optuna.samplers.QMCSampler(seed=seed, scramble=True, warn_independent_sampling=False)
 
 
-def _random(seed: int) -> BaseSampler:
+def _random(seed: int, startup: int) -> BaseSampler:
     return optuna.samplers.RandomSampler(seed=seed)
 
 
-def _grid(seed: int) -> BaseSampler:
+def _grid(seed: int, startup: int) -> BaseSampler:
     # Unlike GridSampler it knows what was tried by its parameters, so that a rebuilt study repeats nothing.
     return optuna.samplers.BruteForceSampler(seed=seed, avoid_premature_stop=False)
 
@@ -113,6 +113,7 @@ def make_sampler(
     cost: Callable[[Cell], float] = lambda cell: 1.0,
     design: str = "lines",
     hints: Callable[[], Sequence[Array]] = tuple,
+    startup: int = 4,
 ) -> BaseSampler:
     """Make a sampler whose randomness is a function of the seed and the trial's number.
 
@@ -124,6 +125,7 @@ def make_sampler(
         cost: of one trial of a cell, in any unit; `map` alone looks at it.
         design: what `map` tries first.
         hints: earlier surfaces as `MapSampler` takes them; `map` alone looks at them.
+        startup: random trials before the models of `tpe` and `gp` count.
 
     Raises:
         ValueError: a budget is larger than the space.
@@ -131,13 +133,13 @@ def make_sampler(
     if name == "map":
         return MapSampler(space, budgets, cost, design=design, hints=hints)
     feasible_cells(space, budgets)
-    return _Seeded(PURE[name], seed, is_sequence=name in _SEQUENCES)
+    return _Seeded(lambda each: PURE[name](each, startup), seed, is_sequence=name in _SEQUENCES)
 
 
 class _Seeded(BaseSampler):
     """Draws every trial from a generator of its own, so that a search rebuilt from its log goes on as it would have."""
 
-    def __init__(self, make: _Make, seed: int, *, is_sequence: bool) -> None:
+    def __init__(self, make: Callable[[int], BaseSampler], seed: int, *, is_sequence: bool) -> None:
         self._make, self._seed, self._is_sequence = make, seed, is_sequence
         self._sampler = self._new(seed)
         self._drawn = 0

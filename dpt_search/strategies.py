@@ -2,43 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 import optuna
 from optuna.samplers import BaseSampler
 
-from dpt_search.map_predictor import MapPredictor, NotIdentified
+from dpt_search.hints import smooth
+from dpt_search.line_by_line import LineByLine
+from dpt_search.map_predictor import Array, MapPredictor, NotIdentified
 from dpt_search.map_sampler import MapSampler, published_walks, ratios
-from dpt_search.posterior import Data, Surface
-from dpt_search.samplers import cell_of, make_sampler, search_space
-from search_spaces.budgets import Budget
-from search_spaces.ratios import Cell, RatioSpace
-
-CostOf = Callable[[Cell], float]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What a strategy has to solve.
-
-    Attributes:
-        space: the lattice.
-        budgets: what is to be decided.
-        cost: of one trial of a cell.
-        seed: of all randomness.
-    """
-
-    space: RatioSpace
-    budgets: Sequence[Budget]
-    cost: CostOf
-    seed: int
+from dpt_search.problem import Observed, Problem
+from dpt_search.samplers import PURE, cell_of, make_sampler, search_space
+from search_spaces.ratios import Cell
 
 
 class Strategy(Protocol):
     """Proposes cells, learns accuracies, and decides every budget at any time."""
+
+    upfront: float
+    """Cost of a probe that it runs beside its first trials, and knows the outcome of after `take_probe`."""
+
+    def take_probe(self) -> None:
+        """Learn what the probe found."""
 
     def ask(self) -> tuple[int, Cell] | None:
         """Return a token and the next cell; None when there is nothing left to try."""
@@ -49,62 +36,32 @@ class Strategy(Protocol):
     def choose(self) -> list[Cell]:
         """Return the cell that is believed best for every budget."""
 
-
-class _Observed:
-    """What a strategy has seen, and the two ways of deciding from it."""
-
-    def __init__(self, problem: Problem, degree: int) -> None:
-        self._problem = problem
-        self._index = {cell: i for i, cell in enumerate(problem.space)}
-        self._lines = [budget.feasible(problem.space) for budget in problem.budgets]
-        self._surface = Surface(ratios(problem.space), degree)
-        self.cells: list[Cell] = []
-        self.accuracies: list[float] = []
-
-    def add(self, cell: Cell, accuracy: float) -> None:
-        self.cells.append(cell)
-        self.accuracies.append(accuracy)
-
-    def means(self) -> dict[Cell, float]:
-        """Return the mean accuracy of every observed cell."""
-        known: dict[Cell, list[float]] = {}
-        for cell, accuracy in zip(self.cells, self.accuracies, strict=True):
-            known.setdefault(cell, []).append(accuracy)
-        return {cell: float(np.mean(values)) for cell, values in known.items()}
-
-    def best_by_posterior(self) -> list[Cell]:
-        """Return the feasible cell with the highest posterior mean for every budget; at first the middle."""
-        if not self.cells:
-            return [line[len(line) // 2] for line in self._lines]
-        indices = np.array([self._index[cell] for cell in self.cells])
-        mean = self._surface.posterior(Data.of(indices, np.array(self.accuracies))).mean
-        return [max(line, key=lambda cell: mean[self._index[cell]]) for line in self._lines]
-
-    def best_by_observation(self) -> list[Cell]:
-        """Return the best observed cell of every budget's line; the middle of a line without an observation."""
-        means = self.means()
-        chosen = []
-        for line in self._lines:
-            seen = [cell for cell in line if cell in means]
-            chosen.append(max(seen, key=lambda cell: means[cell]) if seen else line[len(line) // 2])
-        return chosen
+    def surface(self) -> Array | None:
+        """Return the accuracies that it believes in, [cells of the space]; None where it has no such belief."""
 
 
 class WholeSquare:
-    """One study over the whole square for all budgets, decided by the posterior."""
+    """One study over the whole square for all budgets."""
 
-    def __init__(self, problem: Problem, name: str, sampler: BaseSampler, degree: int = 2) -> None:
+    def __init__(
+        self, problem: Problem, name: str, sampler: BaseSampler, degree: int = 2, *, decide: str = "posterior"
+    ) -> None:
         """
         Args:
             problem: what to solve.
             name: the sampler's name.
             sampler: proposes.
             degree: of the polynomial in the posterior that decides; 0 for none.
+            decide: `posterior`, or `nearest` for the observation nearest to each line.
         """
-        self._problem, self._name = problem, name
+        self._problem, self._name, self._decide = problem, name, decide
         self._space = search_space(name, problem.space, problem.budgets)
         self._study = optuna.create_study(direction="maximize", sampler=sampler)
-        self._observed = _Observed(problem, degree)
+        self._observed = Observed(problem, degree)
+        self.upfront = 0.0
+
+    def take_probe(self) -> None:
+        """There is none."""
 
     def ask(self) -> tuple[int, Cell] | None:
         trial = self._study.ask(self._space)
@@ -116,79 +73,52 @@ class WholeSquare:
         self._observed.add(cell_of(params, self._problem.space, self._problem.budgets), accuracy)
 
     def choose(self) -> list[Cell]:
-        return self._observed.best_by_posterior()
+        return self._observed.best_by_posterior() if self._decide == "posterior" else self._observed.nearest_best()
+
+    def surface(self) -> Array | None:
+        return self._observed.posterior_mean() if self._decide == "posterior" else None
 
 
-class LineByLine:
-    """One study per budget on its line, in turn; each line is decided by its best observation.
+class Hinted(WholeSquare):
+    """`map` as a run has it: the whole square, a probe beside the first trials, the surfaces of earlier runs."""
 
-    A cell that was tried is not tried again: the study is told what is known and asked anew.
-    """
+    def __init__(self, problem: Problem, *, probe: bool, prior: bool = False) -> None:
+        """
+        Args:
+            problem: what to solve.
+            probe: whether it runs a probe, where the problem knows of one.
+            prior: whether it knows the problem's earlier surface.
+        """
+        self._hints: list[Array] = [problem.prior] if prior and problem.prior is not None else []
+        sampler = MapSampler(problem.space, problem.budgets, problem.cost, hints=lambda: tuple(self._hints))
+        super().__init__(problem, "map", sampler)
+        self._observed.take_hints(self._hints)
+        self._cells: list[Cell] = []
+        if probe and problem.probe is not None:
+            self._cells = problem.probe.evaluated(problem.space, problem.budgets)
+            self.upfront = problem.probe.training + sum(problem.probe.costs[cell] for cell in self._cells)
 
-    ATTEMPTS = 30
-
-    def __init__(self, problem: Problem, name: str) -> None:
-        self._problem = problem
-        self._studies = []
-        for number, budget in enumerate(problem.budgets):
-            sampler = make_sampler(name, problem.space, [budget], seed=problem.seed * 1009 + number)
-            study = optuna.create_study(direction="maximize", sampler=sampler)
-            self._studies.append((study, search_space(name, problem.space, [budget]), [budget]))
-        self._observed = _Observed(problem, 0)
-        self._asked: dict[int, tuple[optuna.Study, optuna.Trial, Cell]] = {}
-        self._tried: set[Cell] = set()
-        self._turn = self._token = 0
-
-    def ask(self) -> tuple[int, Cell] | None:
-        for _ in range(len(self._studies)):
-            study, space, budgets = self._studies[self._turn % len(self._studies)]
-            self._turn += 1
-            found = self._new_cell(study, space, budgets)
-            if found is not None:
-                self._token += 1
-                self._asked[self._token] = found
-                return self._token, found[2]
-        return None
-
-    def _new_cell(
-        self, study: optuna.Study, space: dict[str, optuna.distributions.BaseDistribution], budgets: list[Budget]
-    ) -> tuple[optuna.Study, optuna.Trial, Cell] | None:
-        line = budgets[0].feasible(self._problem.space)
-        if self._tried.issuperset(line):
-            return None
-        means = self._observed.means()
-        for _ in range(self.ATTEMPTS):
-            trial = study.ask(space)
-            cell = cell_of(trial.params, self._problem.space, budgets)
-            if cell not in self._tried:
-                self._tried.add(cell)
-                return study, trial, cell
-            if cell in means:
-                study.tell(trial, means[cell])
-            else:
-                study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        cell = next(cell for cell in line if cell not in self._tried)
-        self._tried.add(cell)
-        # The sampler repeats itself: take a cell that is left; its result is known to the study as an added trial.
-        params = {"n_attn": cell.n_attn} if "n_attn" in space else {"cell": line.index(cell)}
-        study.enqueue_trial(params)
-        return study, study.ask(space), cell
-
-    def tell(self, token: int, accuracy: float) -> None:
-        study, trial, cell = self._asked.pop(token)
-        study.tell(trial, accuracy)
-        self._observed.add(cell, accuracy)
+    def take_probe(self) -> None:
+        assert self._problem.probe is not None
+        accuracies = np.array([self._problem.probe.accuracies[cell] for cell in self._cells])
+        self._hints = [smooth(self._problem.space, self._cells, accuracies), *self._hints]
+        self._observed.take_hints(self._hints)
 
     def choose(self) -> list[Cell]:
-        return self._observed.best_by_observation()
+        if self._observed.cells or not self._hints:
+            return super().choose()
+        index = {cell: i for i, cell in enumerate(self._problem.space)}
+        lines = (budget.feasible(self._problem.space) for budget in self._problem.budgets)
+        return [max(line, key=lambda cell: self._hints[0][index[cell]]) for line in lines]
 
 
 class Walk:
     """The published procedure: single-kind and interleaved walks, one polynomial, its argmax; then nothing more."""
 
     def __init__(self, problem: Problem) -> None:
-        self._observed = _Observed(problem, 2)
+        self._observed = Observed(problem, 2)
         self._problem = problem
+        self.upfront = 0.0
         self._cells = published_walks(problem.space)
         self._asked: list[Cell] = []
 
@@ -201,23 +131,24 @@ class Walk:
     def tell(self, token: int, accuracy: float) -> None:
         self._observed.add(self._asked[token], accuracy)
 
+    def take_probe(self) -> None:
+        """There is none."""
+
     def choose(self) -> list[Cell]:
-        space, seen = self._problem.space, self._observed
+        space, mean = self._problem.space, self.surface()
+        if mean is None:
+            return self._observed.best_by_observation()
+        index = {cell: i for i, cell in enumerate(space)}
+        lines = (budget.feasible(space) for budget in self._problem.budgets)
+        return [max(line, key=lambda cell: mean[index[cell]]) for line in lines]
+
+    def surface(self) -> Array | None:
+        seen = self._observed
         try:
-            points = np.array([space.ratios(cell) for cell in seen.cells]).reshape(-1, 2)
-            predictor = MapPredictor(points, np.array(seen.accuracies))
+            points = np.array([self._problem.space.ratios(cell) for cell in seen.cells]).reshape(-1, 2)
+            return MapPredictor(points, np.array(seen.accuracies)).predict(ratios(self._problem.space))[0]
         except NotIdentified:
-            return seen.best_by_observation()
-        chosen = []
-        for budget in self._problem.budgets:
-            line = budget.feasible(space)
-            mean, _ = predictor.predict(np.array([space.ratios(cell) for cell in line]))
-            chosen.append(line[int(mean.argmax())])
-        return chosen
-
-
-def _map(problem: Problem) -> Strategy:
-    return WholeSquare(problem, "map", MapSampler(problem.space, problem.budgets, problem.cost))
+            return None
 
 
 def _gp_lattice(problem: Problem) -> Strategy:
@@ -225,23 +156,31 @@ def _gp_lattice(problem: Problem) -> Strategy:
     return WholeSquare(problem, "map", sampler, degree=0)
 
 
-def _square(name: str) -> Callable[[Problem], Strategy]:
+def _square(name: str, decide: str) -> Callable[[Problem], Strategy]:
     def make(problem: Problem) -> Strategy:
         sampler = make_sampler(name, problem.space, problem.budgets, seed=problem.seed)
-        return WholeSquare(problem, name, sampler)
+        return WholeSquare(problem, name, sampler, decide=decide)
 
     return make
 
 
-def _lines(name: str) -> Callable[[Problem], Strategy]:
-    return lambda problem: LineByLine(problem, name)
+def _lines(name: str, startup: int) -> Callable[[Problem], Strategy]:
+    return lambda problem: LineByLine(problem, name, startup)
 
+
+LADDER = ("gp-lattice", "map/no-probe", "map")
+"""Each adds one thing to the one before: a polynomial, then the probe."""
 
 STRATEGIES: dict[str, Callable[[Problem], Strategy]] = {
-    "map": _map,
+    "map": lambda problem: Hinted(problem, probe=True),
+    "map/no-probe": lambda problem: Hinted(problem, probe=False),
+    "map/prior": lambda problem: Hinted(problem, probe=False, prior=True),
     "gp-lattice": _gp_lattice,
     "walk": Walk,
-    **{f"{name}/square": _square(name) for name in ("tpe", "gp", "cmaes", "qmc", "random", "grid")},
-    **{f"{name}/lines": _lines(name) for name in ("tpe", "gp", "cmaes", "qmc", "random", "grid")},
+    **{f"{name}/square": _square(name, "posterior") for name in PURE},
+    **{f"{name}/nearest": _square(name, "nearest") for name in PURE},
+    **{f"{name}/lines": _lines(name, 4) for name in PURE},
+    **{f"{name}/lines@{startup}": _lines(name, startup) for name in ("tpe", "gp") for startup in (2, 10)},
 }
-"""Every strategy by name. `/square`: one study for all budgets; `/lines`: one study per budget."""
+"""Every strategy by name. Pure searches: `/square`, one study for all budgets, decided by the posterior; `/nearest`,
+decided by the observation nearest to each line; `/lines`, one study per budget (@N: with N start-up trials)."""

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from dpt_search.compare import POINT, Judge, compare, curve, replay, table_noise
+from dpt_search.compare import POINT, Judge, compare, replay, table_noise
+from dpt_search.curves import mean_curve
 from dpt_search.map_sampler import published_walks
 from dpt_search.strategies import STRATEGIES
 from dpt_search.surface_table import SurfaceTable
@@ -101,7 +102,8 @@ class TestJudge:
 
 
 def test_a_curve_averages_replays_and_says_what_reaching_a_target_costs():
-    (found,) = compare(TABLE, ["map"], BUDGETS, seeds=6, workers=1, max_trials=14)
+    groups = compare(TABLE, ["map"], BUDGETS, seeds=6, workers=1, max_trials=14)["map"]
+    found = mean_curve("map", groups, np.arange(1.0, 15.0))
     assert (found.low <= found.mean).all()
     assert (found.mean <= found.high).all()
     assert found.mean[-1] < found.mean[0]
@@ -113,7 +115,7 @@ def test_a_curve_averages_replays_and_says_what_reaching_a_target_costs():
 def test_cost_to_a_target_counts_from_where_the_curve_stays_below():
     trace = run("walk")
     grid = np.arange(1.0, 5.0)
-    found = curve("made", [trace], grid)
+    found = mean_curve("made", [[trace]], grid)
     object.__setattr__(found, "mean", np.array([0.001, 0.005, 0.001, 0.001]))
     assert found.cost_to(0.25) == 3.0
 

@@ -80,7 +80,7 @@ def run_probe(task: ProbeTask) -> dict[str, Any]:
     """Train the shared weights, or go on from the newest epoch; write them; evaluate the task's cells with them.
 
     Returns:
-        `rows`: one a cell, with n_attn, n_act, plan, accuracy (on the split `probe`) and images; and what it took:
+        `rows`: one a cell, with n_attn, n_act, plan, accuracy on the split `probe`, images and cost; what it took:
         `cost` (images times MACs) and the `training_cost` in it, seconds, losses by epoch.
 
     Raises:
@@ -93,22 +93,22 @@ def run_probe(task: ProbeTask) -> dict[str, Any]:
     model, epochs = _train(task, workspace)
     weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
     write_bytes(task.weights, safetensors.torch.save(weights))
-    accuracies, evaluation_cost = evaluate_cells(model, task, images, workspace.device)
+    evaluated = evaluate_cells(model, task, images, workspace.device)
     # The teacher, the dense model, sees every training image once; a closed gate saves nothing.
     training_cost = macs * sum(epoch["images"] for epoch in epochs) * (TRAINING_FORWARDS * _passes(task) + 1)
     return {
         "rows": [
             {
                 "n_attn": cell.n_attn, "n_act": cell.n_act, "plan": str(task.ranking.plan(cell)),
-                "accuracy": accuracy, "images": len(images),
+                "accuracy": accuracy, "images": len(images), "cost": cost,
             }
-            for cell, accuracy in zip(task.cells, accuracies, strict=True)
+            for cell, (accuracy, cost) in zip(task.cells, evaluated, strict=True)
         ],
         "epochs": len(epochs),
         "losses": [epoch["loss"] for epoch in epochs],
         "images": {"train": len(workspace.images("train", task.data.subset)), "probe": len(images)},
         "training_cost": training_cost,
-        "cost": training_cost + evaluation_cost,
+        "cost": training_cost + sum(cost for _, cost in evaluated),
         "seconds": time.perf_counter() - start,
         "device": describe(workspace.device),
         "versions": versions(),
@@ -144,15 +144,14 @@ def _train(task: ProbeTask, workspace: Workspace) -> tuple[torch.nn.Module, list
 
 def evaluate_cells(
     model: torch.nn.Module, task: ProbeTask, images: ImageSet, device: torch.device
-) -> tuple[list[float], float]:
-    """Return the accuracy of every cell of the task with the weights of a model, which stays as it is, and the cost.
+) -> list[tuple[float, float]]:
+    """Return accuracy and cost (images times MACs) of every cell of the task with a model's weights; it stays as it is.
 
     Each cell is evaluated as its merged model, which costs about half of what closed gates would.
     """
-    accuracies, macs = [], 0.0
+    found = []
     for cell in task.cells:
         small = family_of(model).merge(family_of(model).remove(copy.deepcopy(model), task.ranking.plan(cell)))
         right = evaluate(small, images, device, amp=task.recipe.amp, workers=task.data.workers)
-        accuracies.append(float(right.mean()))
-        macs += count_macs(small, images.view.input_size)
-    return accuracies, macs * len(images)
+        found.append((float(right.mean()), count_macs(small, images.view.input_size) * len(images)))
+    return found

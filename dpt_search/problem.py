@@ -1,0 +1,127 @@
+"""What a strategy of a replay has to solve, what it has seen, and the ways of deciding from that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dpt_search.blend import Blend
+from dpt_search.config import RunConfig
+from dpt_search.map_predictor import Array
+from dpt_search.map_sampler import ratios
+from dpt_search.posterior import Data
+from search_spaces.budgets import Budget
+from search_spaces.ratios import Cell, RatioSpace, spread
+
+CostOf = Callable[[Cell], float]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What an elastic probe of one seed says, in a replay.
+
+    Attributes:
+        accuracies: of each cell that the table of probes has.
+        costs: of evaluating each.
+        training: cost of the shared weights.
+    """
+
+    accuracies: dict[Cell, float]
+    costs: dict[Cell, float]
+    training: float
+
+    def evaluated(self, space: RatioSpace, budgets: Sequence[Budget]) -> list[Cell]:
+        """Return the cells that a run evaluates by default."""
+        feasible = {Cell(0, 0), *(cell for budget in budgets for cell in budget.feasible(space))}
+        return spread(space, sorted(feasible & self.accuracies.keys()))[: RunConfig.probe_cells]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a strategy has to solve.
+
+    Attributes:
+        space: the lattice.
+        budgets: what is to be decided.
+        cost: of one trial of a cell.
+        seed: of all randomness.
+        probe: what an elastic probe would say, and cost; None where that is not known.
+        prior: [cells], an earlier run's surface; None without one.
+    """
+
+    space: RatioSpace
+    budgets: Sequence[Budget]
+    cost: CostOf
+    seed: int
+    probe: Probe | None = None
+    prior: Array | None = None
+
+
+class Observed:
+    """What a strategy has seen, and the ways of deciding from it."""
+
+    def __init__(self, problem: Problem, degree: int) -> None:
+        """
+        Args:
+            problem: what to solve.
+            degree: of the polynomial in the posterior; 0 for none.
+        """
+        self._problem = problem
+        self._degree = degree
+        self._index = {cell: i for i, cell in enumerate(problem.space)}
+        self._lines = [budget.feasible(problem.space) for budget in problem.budgets]
+        self._blend = Blend(ratios(problem.space), degree)
+        self.cells: list[Cell] = []
+        self.accuracies: list[float] = []
+
+    def add(self, cell: Cell, accuracy: float) -> None:
+        self.cells.append(cell)
+        self.accuracies.append(accuracy)
+
+    def means(self) -> dict[Cell, float]:
+        """Return the mean accuracy of every observed cell."""
+        known: dict[Cell, list[float]] = {}
+        for cell, accuracy in zip(self.cells, self.accuracies, strict=True):
+            known.setdefault(cell, []).append(accuracy)
+        return {cell: float(np.mean(values)) for cell, values in known.items()}
+
+    def take_hints(self, hints: Sequence[Array]) -> None:
+        """Let the posterior know earlier surfaces."""
+        self._blend = Blend(ratios(self._problem.space), self._degree, hints)
+
+    def posterior_mean(self) -> Array | None:
+        """Return the posterior mean of every cell; None before the first observation."""
+        if not self.cells:
+            return None
+        indices = np.array([self._index[cell] for cell in self.cells])
+        return self._blend.posterior(Data.of(indices, np.array(self.accuracies))).mean
+
+    def best_by_posterior(self) -> list[Cell]:
+        """Return the feasible cell with the highest posterior mean for every budget; at first the middle."""
+        mean = self.posterior_mean()
+        if mean is None:
+            return [line[len(line) // 2] for line in self._lines]
+        return [max(line, key=lambda cell: mean[self._index[cell]]) for line in self._lines]
+
+    def nearest_best(self) -> list[Cell]:
+        """Return, per budget, where the best of the observed cells nearest to its line points to on it."""
+        means = self.means()
+        chosen = []
+        for line, budget in zip(self._lines, self._problem.budgets, strict=True):
+            if not means:
+                chosen.append(line[len(line) // 2])
+                continue
+            best = min(means, key=lambda cell: (abs(cell.total - budget.units), -means[cell]))
+            chosen.append(min(line, key=lambda cell: abs(cell.n_attn - best.n_attn) + abs(cell.n_act - best.n_act)))
+        return chosen
+
+    def best_by_observation(self) -> list[Cell]:
+        """Return the best observed cell of every budget's line; the middle of a line without an observation."""
+        means = self.means()
+        chosen = []
+        for line in self._lines:
+            seen = [cell for cell in line if cell in means]
+            chosen.append(max(seen, key=lambda cell: means[cell]) if seen else line[len(line) // 2])
+        return chosen

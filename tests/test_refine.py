@@ -1,6 +1,11 @@
 """Swaps on the plan that is fine-tuned: which, how they are judged, and that they tell nothing of the surface."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +22,7 @@ from dpt_search.config import RunConfig
 from dpt_search.costs_table import write_costs
 from dpt_search.evidence import read_run, warnings
 from dpt_search.observed import REFINE, ended, searched, surface_trials, unfinished
+from dpt_search.options import EMBEDDED
 from dpt_search.refine import needed_gain, refine, swapped_plans
 from dpt_search.report import write_report
 from dpt_search.run import Run, configured_run, open_run
@@ -25,9 +31,11 @@ from dpt_search.store import BadRun, Finished, Proposed, RunStore, TrialLog
 from dpt_search.tune_search import RecordedSearch, SearchPlan
 from search_spaces.plan import KINDS, PruningPlan, Ranking
 from search_spaces.ratios import Cell
+from trainables.locations import resolve
 from trainables.settings import DataSettings, ModelSettings
 from trainables.tasks import TrialTask
 
+ROOT = Path(__file__).parents[1]
 RANKING = Ranking((3, 1, 0, 2), (0, 2, 3, 1))
 CELLS = ((0, 0), (2, 2), (4, 0), (0, 4), (2, 2), (1, 3), (3, 1), (1, 1))
 PLAN = "attn:1,3 act:0,2"
@@ -377,3 +385,51 @@ def test_the_run_directory_tells_a_reader_who_ran_which_trial(run: Run, workers:
     log = TrialLog(RunStore(run.config.run_dir))
     assert [each.trial for each in searched(log)] == list(range(len(CELLS)))
     assert len(log.finished) > len(CELLS)
+
+
+STAGES = """
+import sys
+from dpt_search.cli import say
+from dpt_search.options import read_config
+from dpt_search.run import open_run
+from dpt_search.stages import STAGES
+with open_run(read_config("run", sys.argv[1:]), say) as run:
+    for name in ("dense", "profile", "rank", "search", "recommend", "refine"):
+        STAGES[name](run)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_refinement_on_real_ray_killed_in_the_middle_of_a_swap_goes_on(tmp_path: Path) -> None:
+    """The embedded model, ranked anew after every removal; two trials of a search, then two swaps."""
+    sizes = {
+        "data.subset": 256, "data.val_limit": 100, "trial.epochs": 3, "trial.batch_size": 32, "rank_batches": 1,
+        "timing_seconds": 0.5, "max_trials": 2, "refine": 2, "ranking": "conditional", "budget": "units=4",
+        "finetune_budget": "units=4", "max_concurrent": 1, "run_dir": str(tmp_path / "run"),
+    }  # fmt: skip
+    command = [sys.executable, "-c", STAGES, f"--config={resolve(EMBEDDED)[1]}"]
+    command += [f"--{name}={value}" for name, value in sizes.items()]
+    states, driver = tmp_path / "run/checkpoints", subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    try:
+        while driver.poll() is None and not (states / "000002.pt").exists():
+            time.sleep(0.05)
+    finally:
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+    store = RunStore(str(tmp_path / "run"))
+    killed = TrialLog(store)
+    assert [each.trial for each in searched(killed)] == [0, 1] and 2 not in killed.finished
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for stage in ("rank", "search", "recommend"):
+        assert f"{stage}: already done" in done.stdout
+    log, found = TrialLog(store), store.read_json("refine.json")
+    assert store.read_json("ranking.json")["method"] == "conditional"
+    assert [log.finished[n].plan for n in (2, 3)] == list(found["swaps"])
+    assert {n: log.proposed[n] for n in killed.proposed} == killed.proposed
+    assert sorted(log.proposed) == sorted(log.finished)
+    assert all(len(log.finished[n].accuracies) == 3 for n in log.finished)
+    row = store.read_json("recommendation.json")["budgets"][0]
+    assert row["plan"] == found["chosen"]
+    assert store.names("checkpoints") == []

@@ -6,6 +6,7 @@ import pytest
 from dpt_search.compare import POINT, Judge, compare, replay, table_noise
 from dpt_search.curves import mean_curve
 from dpt_search.map_sampler import published_walks
+from dpt_search.probe_seeds import ProbeSeeds
 from dpt_search.strategies import STRATEGIES
 from dpt_search.surface_table import SurfaceTable
 from search_spaces.budgets import Budget
@@ -135,3 +136,57 @@ def test_walk_decides_as_map_does_on_its_samples():
     trace = replay(table, "walk", [Budget(8), Budget(10)], seed=0, workers=1, max_trials=30)
     assert len(trace.cost) == 22
     assert trace.regret[-1].max() < 1e-9
+
+
+def probes(seeds: int = 2, noise: float = 0.003) -> ProbeSeeds:
+    generator, cells = np.random.default_rng(5), list(SPACE)
+    truths = np.array([truth(cell) - 0.05 for cell in cells])
+    accuracies = truths[:, None] + noise * generator.standard_normal((len(cells), seeds))
+    return ProbeSeeds(cells, accuracies, np.full(len(cells), 2.0), 150.0)
+
+
+class TestProbe:
+    def test_its_training_and_evaluation_count_from_the_first_trial_on(self):
+        evaluated = 1 + sum(len(budget.feasible(SPACE)) for budget in BUDGETS)
+        trace = run("map", probes=probes())
+        assert trace.upfront == pytest.approx((150 + 2 * evaluated) / 100)
+        assert trace.cost[0] == pytest.approx(trace.upfront)
+        assert run("map/no-probe", probes=probes()).upfront == 0
+
+    def test_beside_trials_it_takes_a_worker_and_no_more_time_than_it_needs(self):
+        alone, beside = run("map", probes=probes()), run("map", probes=probes(), workers=2)
+        assert alone.time[0] == pytest.approx(alone.upfront)
+        assert beside.time[0] < beside.upfront
+        assert beside.time[-1] < alone.time[-1]
+
+    def test_a_curve_begins_once_the_probe_is_paid_for(self):
+        found = mean_curve("map", [[run("map", probes=probes())]], np.arange(1.0, 6.0))
+        assert np.isnan(found.mean).tolist() == [True, False, False, False, False]
+
+    def test_a_good_one_helps_from_the_start(self):
+        with_probe = np.mean([run("map", seed=s, probes=probes()).regret[0].mean() for s in range(6)])
+        without = np.mean([run("map/no-probe", seed=s).regret[0].mean() for s in range(6)])
+        assert with_probe < 0.5 * without
+
+
+def test_a_right_prior_helps_and_a_wrong_one_costs_little():
+    right = np.array([truth(cell) for cell in SPACE])
+    wrong = -right
+    regrets = {
+        name: np.mean([run("map/prior", seed=s, prior=prior, max_trials=14).regret.mean(axis=1) for s in range(6)], 0)
+        for name, prior in (("right", right), ("wrong", wrong), ("none", None))
+    }
+    assert regrets["right"][:3].mean() < regrets["none"][:3].mean()
+    assert regrets["wrong"][-1] < regrets["none"][-1] + 0.3 * POINT
+
+
+def test_one_budget_at_a_time_is_one_replay_a_budget():
+    found = compare(TABLE, ["map/no-probe"], BUDGETS, seeds=2, workers=1, max_trials=4, each=True)["map/no-probe"]
+    assert [len(group) for group in found] == [2, 2]
+    assert all(trace.regret.shape[1] == 1 for group in found for trace in group)
+    assert all((trace.cost <= 4).all() for group in found for trace in group)
+
+
+def test_the_surface_believed_in_is_judged_by_its_order_on_the_lines():
+    assert run("map/no-probe", table=surface(noise=1e-5), max_trials=26).tau > 0.85
+    assert np.isnan(run("grid/lines").tau)

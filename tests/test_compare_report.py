@@ -44,7 +44,8 @@ def test_prints_a_table_and_writes_curve_and_plot(table, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "grid/lines" in done.stdout
-    assert "25 cells, 2 seeds; units=4, units=6" in done.stdout
+    assert "25 cells, 2 seeds; units=4, units=6, together; noise floor" in done.stdout
+    assert "<h2>made</h2>" in (out / "compare.html").read_text()
     with (out / "made.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert {row["strategy"] for row in rows} == {"map", "grid/lines"}
@@ -57,6 +58,8 @@ def test_prints_a_table_and_writes_curve_and_plot(table, tmp_path):
     [
         (["--samplers", "nonsense"], "no strategy 'nonsense'"),
         (["--workers", "0"], "at least 1"),
+        (["--workers", "many"], "write 4, or several"),
+        (["--prior", "nowhere.parquet"], "no table at"),
         (["--budget", "units=99"], "at most units=8"),
     ],
 )
@@ -65,6 +68,14 @@ def test_bad_input_is_one_line(table, flags, words):
     assert done.returncode == 2
     assert words in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_several_numbers_of_workers_are_compared_by_time_and_cost(table):
+    done = compare(table, "--samplers", "map/no-probe", "--seeds", 2, "--max-trials", 6, "--workers", "1,4", "--each")
+    assert done.returncode == 0, done.stderr
+    assert "one at a time" in done.stdout
+    row = done.stdout.split("map/no-probe")[1].split()
+    assert row[1] == row[4] == "/"
 
 
 def test_a_table_that_is_not_there_is_one_line(tmp_path):

@@ -16,9 +16,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpt_search import probe_stage
 from dpt_search.config import BadConfig, RunConfig
-from dpt_search.probe_stage import probe, probe_task
+from dpt_search.probe_stage import ProbeBeside, probe, probe_task
 from dpt_search.probe_table import read_probe
+from dpt_search.remote import StageFailed
 from dpt_search.run import Run, configured_run
 from dpt_search.store import BadRun, RunStore
 from search_spaces.plan import PruningPlan, Ranking
@@ -302,6 +304,72 @@ def test_what_is_missing_or_broken_is_said(tmp_path: Path) -> None:
     run.store.write("probe.parquet", b"PAR1")
     with pytest.raises(BadRun, match=r"probe\.parquet .*: remove it"):
         read_probe(run.store)
+
+
+class Beside(Calls):
+    """A worker that runs the probe while something else goes on, and may fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int = 2) -> None:
+        super().__init__(monkeypatch)
+        self.done, self.error = False, ""
+        monkeypatch.setattr(probe_stage, "begin", self.begin)
+        monkeypatch.setattr(probe_stage, "capacity", lambda wanted: room)
+
+    def begin(self, config: RunConfig, target: str, task: ProbeTask, cpus: float) -> Any:
+        self.found = self(target, task, cpus)
+        return self
+
+    def is_done(self) -> bool:
+        return self.done
+
+    def value(self) -> Any:
+        if self.error:
+            raise StageFailed(self.error)
+        return self.found
+
+
+def test_beside_the_trials_it_is_taken_when_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, run = Beside(monkeypatch), ranked(tmp_path, probe_epochs=3)
+    beside = ProbeBeside.started(run)
+    assert beside.hints() == []
+    worker.done = True
+    (hint,) = beside.hints()
+    assert hint.shape == (len(ALL),)
+    assert read_probe(run.store) is not None
+    assert len(ProbeBeside.started(run).hints()) == 1
+    assert len(worker.tasks) == 1
+
+
+@pytest.mark.parametrize(("room", "start"), [(1, "dense"), (2, "probe")])
+def test_trials_wait_for_it_where_they_have_no_room_or_start_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, start: str
+) -> None:
+    Beside(monkeypatch, room)
+    assert len(ProbeBeside.started(ranked(tmp_path, probe_epochs=3, start=start)).hints()) == 1
+
+
+def test_the_search_goes_on_without_a_probe_that_failed_unless_it_starts_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, run = Beside(monkeypatch), ranked(tmp_path, probe_epochs=3)
+    said: list[str] = []
+    run.say = said.append
+    beside = ProbeBeside.started(run)
+    worker.done, worker.error = True, "a trace\nDiverged: the loss became nan"
+    assert beside.hints() == []
+    assert said[-1].endswith("the search goes on without it: Diverged: the loss became nan")
+    with pytest.raises(StageFailed):
+        ProbeBeside.started(ranked(tmp_path / "other", probe_epochs=3, start="probe"))
+
+
+@pytest.mark.parametrize("changes", [{"probe_epochs": 0}, {"probe_epochs": 3, "sampler": "tpe"}])
+def test_no_search_that_has_no_use_for_it_begins_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    worker = Beside(monkeypatch)
+    beside = ProbeBeside.started(ranked(tmp_path, **changes))
+    beside.finish()
+    assert (worker.tasks, beside.hints()) == ([], [])
 
 
 @pytest.mark.timeout(240)

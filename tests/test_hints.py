@@ -1,0 +1,58 @@
+"""What a search starts from: the probe's surface, made whole, and those of earlier runs."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpt_search.config import BadConfig
+from dpt_search.hints import hints_of, prior_surface, resampled, smooth
+from dpt_search.map_sampler import ratios
+from dpt_search.probe_table import write_probe
+from dpt_search.store import RunStore
+from search_spaces.ratios import Cell, RatioSpace, spread
+
+SPACE = RatioSpace(6, 8)
+INDEX = {cell: i for i, cell in enumerate(SPACE)}
+
+
+def surface(space: RatioSpace) -> np.ndarray:
+    attn, act = ratios(space).T
+    return 0.9 - 0.1 * attn - 0.2 * act**2
+
+
+def test_some_cells_make_the_whole_surface():
+    cells = [cell for cell in spread(SPACE, list(SPACE)) if cell.n_attn < 6 and cell.n_act < 8][:25]
+    found = smooth(SPACE, cells, surface(SPACE)[[INDEX[cell] for cell in cells]])
+    inner = [INDEX[cell] for cell in SPACE if cell.n_attn < 6 and cell.n_act < 8]
+    assert np.abs(found - surface(SPACE))[inner].max() < 0.01
+
+
+@given(st.integers(0, 5), st.integers(0, 5), st.integers(0, 7), st.integers(0, 7))
+def test_a_surface_at_other_ratios_goes_through_the_same_values(a, g, b, h):
+    own, other = RatioSpace(a, g), RatioSpace(b, h)
+    plane = 0.8 - 0.3 * ratios(own)[:, 0] - 0.1 * ratios(own)[:, 1]
+    # A kind without units is always at ratio 0.
+    expected = 0.8 - 0.3 * ratios(other)[:, 0] * (a > 0) - 0.1 * ratios(other)[:, 1] * (g > 0)
+    np.testing.assert_allclose(resampled(plane, own, other), expected, atol=1e-12)
+
+
+def test_the_probe_comes_first_then_every_prior(tmp_path):
+    store, prior = RunStore(str(tmp_path / "run")), RunStore(str(tmp_path / "prior"))
+    assert hints_of(store, SPACE) == []
+    rows = surface(SPACE).reshape(7, 9).tolist()
+    prior.write_json("recommendation.json", {"surface": {"n_attn": 6, "n_act": 8, "mean": rows}})
+    cells = [Cell(0, 0), Cell(3, 2), Cell(2, 5), Cell(5, 5)]
+    probed = [
+        {"n_attn": c.n_attn, "n_act": c.n_act, "plan": "", "accuracy": 0.7 - c.total / 50, "images": 9} for c in cells
+    ]
+    write_probe(store, probed, {"cost": 1.0})
+    found = hints_of(store, SPACE, [prior.location, prior.location])
+    assert len(found) == 3
+    assert found[0][INDEX[Cell(0, 0)]] == pytest.approx(0.7, abs=0.02)
+    np.testing.assert_allclose(found[1], surface(SPACE))
+
+
+def test_a_prior_that_has_not_searched_is_one_line(tmp_path):
+    with pytest.raises(BadConfig, match=r"has no recommendation\.json: name the directory of a run"):
+        prior_surface(str(tmp_path), SPACE)

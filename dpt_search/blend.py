@@ -1,7 +1,7 @@
 """Averages models of one surface by how well they explain the trials, and keeps beliefs near what was seen.
 
-Whether a polynomial or a hint helps differs from surface to surface, so neither is taken on trust: the models with and
-without each are weighted by their marginal likelihood. Arrays in, arrays out.
+Whether a polynomial or a hint helps differs from surface to surface, so neither is taken on trust: the residual alone,
+with a polynomial, and with hints too are weighted by their marginal likelihood. Arrays in, arrays out.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ class Blend:
             degree: total degree of the polynomial; 0 leaves it out.
             hints: [cells] each, earlier surfaces, in units of accuracy.
         """
-        degrees = (0, degree) if degree else (0,)
-        self.models = [Surface(points, d, h) for h in ([(), hints] if hints else [()]) for d in degrees]
+        self.models = [Surface(points, 0)]
+        if degree:
+            self.models.append(Surface(points, degree))
+        if hints:
+            self.models.append(Surface(points, degree, hints))
 
     def posterior(self, data: Data) -> Posterior:
         """Return the posterior of all cells.

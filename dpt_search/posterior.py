@@ -13,9 +13,9 @@ The residual is made for what real surfaces look like:
 - the removal of the last unit of a kind is a cliff, taken to be one until seen otherwise: without any attention tokens
   cannot mix. Cells beyond it tell little of the others.
 
-A hint is an earlier surface, such as the elastic probe's. Its coefficient is learnt, from 1 on (all hints together),
-and so is one each for its mean over rows, its mean over columns and what they leave, because one kind of unit may
-recover better than the hint knows.
+A hint is an earlier surface, such as the elastic probe's. Its coefficient is learnt, from 1 on for the first hint and
+from 0 on for others, and so is one each for its mean over rows, its mean over columns and what they leave, because one
+kind of unit may recover better than the hint knows.
 """
 
 from __future__ import annotations
@@ -28,38 +28,14 @@ import numpy as np
 from scipy.linalg import cho_solve, solve_triangular
 from scipy.optimize import minimize
 
+from dpt_search.kernel import Hyperparameters, Kernel, parts_of, squared_distances
 from dpt_search.map_predictor import Array, monomials
 
 _JITTER = 1e-10
-_FIT_CELLS = 64
+_TOLERANCE = 1e-5
+"""Relative change of the likelihood at which its maximum counts as found."""
+_FIT_CELLS = 48
 """Observed cells that the hyperparameters are learnt from, at most: more make them no better and take longer."""
-
-
-@dataclass(frozen=True)
-class Hyperparameters:
-    """What the model learns besides the surface itself; standard deviations are in units of accuracy (0 to 1).
-
-    Attributes:
-        slope: prior sd of the polynomial's coefficients of degree >= 1, over ratios from 0 to 1.
-        hint: prior sd of each hint's coefficient about its share of 1.
-        shape: prior sd of the coefficients of each hint's parts.
-        single: sd of the residual's function of one kind.
-        joint: sd of its function of both kinds.
-        length: length scale of both, where 1 is the way from all units to none.
-        cliff_attn: expected loss without any attention; its sd is a third of that.
-        cliff_act: the same without any activation.
-        noise: sd of one trial about its cell's true accuracy.
-    """
-
-    slope: float = 0.2
-    hint: float = 0.3
-    shape: float = 0.2
-    single: float = 0.05
-    joint: float = 0.02
-    length: float = 0.5
-    cliff_attn: float = 0.3
-    cliff_act: float = 0.03
-    noise: float = 0.004
 
 
 _WIDTH = {
@@ -150,40 +126,25 @@ class Surface:
         """
         points = np.asarray(points, dtype=np.float64)
         levels = [np.unique(points[:, axis], return_inverse=True)[1] for axis in (0, 1)]
-        self._edges = [1.0 * (level == level.max()) if level.max() else np.zeros(len(level)) for level in levels]
-        self._features = {}
-        self._hinted = np.mean([hint - hint.mean() for hint in hints], axis=0) if hints else np.zeros(len(points))
+        features = {}
         if degree:
-            self._features["slope"] = monomials(points, degree)[:, 1:]
+            features["slope"] = monomials(points, degree)[:, 1:]
         if hints:
-            self._features["hint"] = np.stack([hint - hint.mean() for hint in hints], axis=1)
-            self._features["shape"] = np.concatenate([_parts(hint, *levels) for hint in hints], axis=1)
-        self._squared = np.stack([_squared_distances(level) for level in levels])
-        self.names = (*self._features, "single", "joint", "length", "cliff_attn", "cliff_act", "noise")
+            features["hint"] = np.stack([hint - hint.mean() for hint in hints], axis=1)
+            features["shape"] = np.concatenate([parts_of(hint, *levels) for hint in hints], axis=1)
+        self._hinted = hints[0] - hints[0].mean() if hints else np.zeros(len(points))
+        self._edges = np.stack([(level == level.max()) & (level > 0) for level in levels]).astype(np.float64)
+        outer = {name: each @ each.T for name, each in features.items()}
+        self._kernel = Kernel(outer, np.stack([squared_distances(level) for level in levels]), self._edges)
+        self.names = (*features, "single", "joint", "length", "cliff_attn", "cliff_act", "noise")
 
     def prior(self, hyper: Hyperparameters) -> Array:
         """Return the prior covariance of all cells' accuracies without the constant, [cells, cells]."""
-        return np.sum(list(self._parts_of_prior(hyper, slice(None)).values()), axis=0)
+        return np.sum(list(self._kernel.parts(asdict(hyper))[0].values()), axis=0)
 
     def _mean(self, hyper: Hyperparameters) -> Array:
         """Return the prior mean of all cells without the constant, [cells]."""
         return self._hinted - hyper.cliff_attn * self._edges[0] - hyper.cliff_act * self._edges[1]
-
-    def _parts_of_prior(self, hyper: Hyperparameters, cells: np.ndarray | slice) -> dict[str, Array]:
-        """Return what each part adds to the covariance of some cells."""
-        sd = asdict(hyper)
-        parts = {name: sd[name] ** 2 * each[cells] @ each[cells].T for name, each in self._features.items()}
-        attn, act = np.exp(-0.5 * self._squared[:, cells][:, :, cells] / hyper.length**2)
-        parts["single"] = hyper.single**2 * (attn + act)
-        parts["joint"] = hyper.joint**2 * attn * act
-        # Half of the fall is the same all along the edge, the other half changes smoothly.
-        parts["cliff_attn"] = hyper.cliff_attn**2 / 9 * self._edge(0, cells) * (1 + act) / 2
-        parts["cliff_act"] = hyper.cliff_act**2 / 9 * self._edge(1, cells) * (1 + attn) / 2
-        return parts
-
-    def _edge(self, axis: int, cells: np.ndarray | slice) -> Array:
-        edge = self._edges[axis][cells]
-        return np.outer(edge, edge)
 
     def posterior(self, data: Data, hyper: Hyperparameters | None = None) -> Posterior:
         """Return the posterior of all cells.
@@ -214,23 +175,29 @@ class Surface:
         The constant is integrated out; the logarithm leaves out what is the same for every model of the same data.
         """
         data = data.thinned(_FIT_CELLS)
+        kernel = self._kernel.at(data.cells)
         default, names = asdict(Hyperparameters()) | (_HINTED if "hint" in self.names else {}), self.names
         centre = np.log([default[name] for name in names])
         width = np.array([_WIDTH[name] for name in names])
 
         def loss(z: Array) -> tuple[float, Array]:
-            value, gradient = self._negative_log_likelihood(data, self._named(centre + width * z))
+            value, gradient = self._negative_log_likelihood(data, kernel, self._named(centre + width * z))
             return value + 0.5 * float(z @ z), np.array([gradient[n] for n in names]) * width + z
 
-        found = minimize(loss, np.zeros(len(names)), jac=True, method="L-BFGS-B", bounds=[(-3.0, 3.0)] * len(names))
+        found = minimize(
+            loss, np.zeros(len(names)), jac=True, method="L-BFGS-B", bounds=[(-3.0, 3.0)] * len(names),
+            options={"ftol": _TOLERANCE},
+        )  # fmt: skip
         return self._named(centre + width * found.x), -float(found.fun)
 
     def _named(self, logarithms: Array) -> Hyperparameters:
         return Hyperparameters(**dict(zip(self.names, np.exp(logarithms).tolist(), strict=True)))
 
-    def _negative_log_likelihood(self, data: Data, hyper: Hyperparameters) -> tuple[float, dict[str, float]]:
+    def _negative_log_likelihood(
+        self, data: Data, kernel: Kernel, hyper: Hyperparameters
+    ) -> tuple[float, dict[str, float]]:
         """Return the value (up to a constant) and its gradient in the logarithm of each hyperparameter."""
-        parts = self._parts_of_prior(hyper, data.cells)
+        parts, by_length = kernel.parts(asdict(hyper))
         noise = hyper.noise**2 / data.counts
         lower = np.linalg.cholesky(np.sum(list(parts.values()), axis=0) + np.diag(noise + _JITTER))
         inverse = cho_solve((lower, True), np.eye(len(data.cells)))
@@ -246,31 +213,9 @@ class Surface:
         value += repeats * np.log(hyper.noise) + 0.5 * data.scatter / hyper.noise**2
         # Half the trace of the projected inverse times a change of the covariance, less the data's part.
         sensitivity = 0.5 * (inverse - np.outer(ones, ones) / total - np.outer(weights, weights))
-        gradient = {name: 2 * float((sensitivity * part).sum()) for name, part in parts.items()}
+        gradient = {name: 2 * float(np.vdot(sensitivity, part)) for name, part in parts.items()}
         for name, edge in zip(("cliff_attn", "cliff_act"), self._edges, strict=True):
             gradient[name] += getattr(hyper, name) * float(weights @ edge[data.cells])
-        gradient["length"] = float((sensitivity * self._change_by_length(parts, hyper, data.cells)).sum())
+        gradient["length"] = float(np.vdot(sensitivity, by_length))
         gradient["noise"] = 2 * float(np.diag(sensitivity) @ noise) + repeats - data.scatter / hyper.noise**2
         return value, gradient
-
-    def _change_by_length(self, parts: dict[str, Array], hyper: Hyperparameters, cells: np.ndarray) -> Array:
-        """Return the derivative of the covariance by the logarithm of the length scale."""
-        attn, act = self._squared[:, cells][:, :, cells] / hyper.length**2
-        by_attn, by_act = attn * np.exp(-0.5 * attn), act * np.exp(-0.5 * act)
-        change = hyper.single**2 * (by_attn + by_act) + parts["joint"] * (attn + act)
-        change += hyper.cliff_attn**2 / 18 * self._edge(0, cells) * by_act
-        return change + hyper.cliff_act**2 / 18 * self._edge(1, cells) * by_attn
-
-
-def _squared_distances(level: np.ndarray) -> Array:
-    """Return [cells, cells] squared distances along one axis, in the logarithm of what is left, over 0 to 1."""
-    most = int(level.max())
-    place = 1 - np.log(most + 1 - level) / np.log(most + 1) if most else np.zeros(len(level))
-    return (place[:, None] - place[None, :]) ** 2
-
-
-def _parts(hint: Array, rows: np.ndarray, columns: np.ndarray) -> Array:
-    """Return [cells, 3]: a hint's mean over each row, over each column, and what they leave."""
-    centred = hint - hint.mean()
-    by_row, by_column = ((np.bincount(level, centred) / np.bincount(level))[level] for level in (rows, columns))
-    return np.stack([by_row, by_column, centred - by_row - by_column], axis=1)

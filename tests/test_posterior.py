@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpt_search.kernel import Hyperparameters
 from dpt_search.map_predictor import MapPredictor, monomials
 from dpt_search.map_sampler import ratios
-from dpt_search.posterior import Data, Hyperparameters, Surface
+from dpt_search.posterior import Data, Surface
 from search_spaces.ratios import RatioSpace
 
 SPACE = RatioSpace(12, 12)
@@ -73,10 +74,14 @@ def test_means_stay_near_what_was_observed(seed, n):
 def test_marginal_likelihood_gradient(seed, n):
     data = Data.of(*observe(quadratic(seed), n, 0.004, seed))
     hyper = Hyperparameters()
-    _, gradient = SURFACE._negative_log_likelihood(data, hyper)
+    surface = Surface(POINTS, 2, [quadratic(seed + 1)])
+    kernel = surface._kernel.at(data.cells)
+    _, gradient = surface._negative_log_likelihood(data, kernel, hyper)
     for name in gradient:
         low, high = (
-            SURFACE._negative_log_likelihood(data, replace(hyper, **{name: getattr(hyper, name) * np.exp(step)}))[0]
+            surface._negative_log_likelihood(
+                data, kernel, replace(hyper, **{name: getattr(hyper, name) * np.exp(step)})
+            )[0]
             for step in (-1e-5, 1e-5)
         )
         assert gradient[name] == pytest.approx((high - low) / 2e-5, rel=1e-3, abs=1e-3)
@@ -84,7 +89,8 @@ def test_marginal_likelihood_gradient(seed, n):
 
 def test_every_hyperparameter_is_learnt():
     surface = Surface(POINTS, 2, [quadratic(7)])
-    _, gradient = surface._negative_log_likelihood(Data.of(np.array([3]), np.array([0.8])), Hyperparameters())
+    data = Data.of(np.array([3]), np.array([0.8]))
+    _, gradient = surface._negative_log_likelihood(data, surface._kernel.at(data.cells), Hyperparameters())
     assert set(gradient) == {f.name for f in fields(Hyperparameters)}
 
 

@@ -30,8 +30,12 @@ class Blend:
         self.models = [Surface(points, 0)]
         if degree:
             self.models.append(Surface(points, degree))
+        shares = [1.0] * len(self.models)
         if hints:
+            # Before any trial hints are as likely to help as not.
             self.models.append(Surface(points, degree, hints))
+            shares.append(sum(shares))
+        self._prior = np.log(shares)
 
     def posterior(self, data: Data) -> Posterior:
         """Return the posterior of all cells.
@@ -40,7 +44,7 @@ class Blend:
             data: at least one observation.
         """
         found = [model.fit(data) for model in self.models]
-        weights = _normalised(np.array([evidence for _, evidence in found]))
+        weights = _normalised(self._prior + np.array([evidence for _, evidence in found]))
         beliefs = [model.posterior(data, hyper) for model, (hyper, _) in zip(self.models, found, strict=True)]
         mean = sum(w * each.mean for w, each in zip(weights, beliefs, strict=True))
         covariance = np.zeros((len(mean), len(mean)))

@@ -12,7 +12,7 @@ from typing import Any
 from dpt_search.hints import hints_of
 from dpt_search.map_predictor import Array
 from dpt_search.probe_table import NAME, SCHEMA, write_probe
-from dpt_search.remote import Pending, StageFailed, begin, capacity
+from dpt_search.remote import Pending, StageFailed, begin
 from dpt_search.run import Run, check_budgets, identity_of, read_ranking
 from search_spaces.ratios import Cell, spread
 from trainables.tasks import ProbeTask
@@ -49,8 +49,16 @@ class ProbeBeside:
     since: float = 0.0
 
     @classmethod
-    def started(cls, run: Run) -> ProbeBeside:
-        """Begin the run's probe, unless it has none or it is done; wait for it where trials need it or have no room."""
+    def started(cls, run: Run, concurrent: int) -> ProbeBeside:
+        """Begin the run's probe, unless it has none or it is done.
+
+        It is waited for where trials start from its weights, and where they run one at a time: then the same search
+        makes the same proposals again.
+
+        Args:
+            run: the run, whose Ray has started.
+            concurrent: trials at a time.
+        """
         config = run.config
         if not config.probe_epochs or config.sampler != "map":
             return cls(run)
@@ -60,7 +68,7 @@ class ProbeBeside:
         _announce(run, task)
         pending = begin(config, "trainables.probe:run_probe", task, cpus=config.cpus_per_trial)
         beside = cls(run, task, pending, time.monotonic())
-        if config.start == "probe" or capacity(run.resources) < 2:
+        if config.start == "probe" or concurrent < 2:
             beside.finish()
         return beside
 

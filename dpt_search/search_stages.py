@@ -39,12 +39,12 @@ def search(run: Run) -> None:
 
     def work(_: str) -> None:
         run.start_ray()
-        beside = ProbeBeside.started(run)
+        concurrent = _concurrent(run, ranking.space)
+        beside = ProbeBeside.started(run, concurrent)
         if not unfinished(log) and len(searched(log)) >= config.max_trials:
             beside.finish()
             check_any_finished(log)
             return
-        concurrent = _concurrent(run, ranking.space)
         lines = TrialLines(run.say, log, config.max_trials, concurrent)
         plan = SearchPlan(
             name=config.sampler,

@@ -36,7 +36,7 @@ def small(tmp_path_factory) -> Path:
         pq.write_table(table.take(pa.array(np.sort(chosen))), folder / f"{split}.parquet")
     config = yaml.safe_load((EMBEDDED / "run.yaml").read_text())
     config["data"] |= {"path": str(folder), "subset": 320, "cache_dir": str(folder / "cache")}
-    config |= {"max_trials": 4, "max_concurrent": 1, "timing_seconds": 1.0, "rank_batches": 2}
+    config |= {"max_trials": 4, "max_concurrent": 1, "timing_seconds": 1.0, "rank_batches": 2, "probe_epochs": 1}
     config["trial"] |= {"epochs": 2, "batch_size": 32}
     config["finetune"] |= {"epochs": 4, "batch_size": 32}
     del config["run_dir"]
@@ -78,6 +78,8 @@ class TestAFinishedRun:
             assert (run / name).stat().st_size > 0
         for name in ("model.safetensors", "plan.json", "summary.json"):
             assert (run / "export" / name).stat().st_size > 0
+        assert pq.read_metadata(run / "probe.parquet").num_rows == 33
+        assert not (run / "probe" / "state.pt").exists()
         assert not (run / "lease.json").exists()
         assert not list((run / "checkpoints").iterdir())
 

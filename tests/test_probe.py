@@ -309,11 +309,10 @@ def test_what_is_missing_or_broken_is_said(tmp_path: Path) -> None:
 class Beside(Calls):
     """A worker that runs the probe while something else goes on, and may fail."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int = 2) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__(monkeypatch)
         self.done, self.error = False, ""
         monkeypatch.setattr(probe_stage, "begin", self.begin)
-        monkeypatch.setattr(probe_stage, "capacity", lambda wanted: room)
 
     def begin(self, config: RunConfig, target: str, task: ProbeTask, cpus: float) -> Any:
         self.found = self(target, task, cpus)
@@ -330,22 +329,22 @@ class Beside(Calls):
 
 def test_beside_the_trials_it_is_taken_when_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     worker, run = Beside(monkeypatch), ranked(tmp_path, probe_epochs=3)
-    beside = ProbeBeside.started(run)
+    beside = ProbeBeside.started(run, 2)
     assert beside.hints() == []
     worker.done = True
     (hint,) = beside.hints()
     assert hint.shape == (len(ALL),)
     assert read_probe(run.store) is not None
-    assert len(ProbeBeside.started(run).hints()) == 1
+    assert len(ProbeBeside.started(run, 2).hints()) == 1
     assert len(worker.tasks) == 1
 
 
-@pytest.mark.parametrize(("room", "start"), [(1, "dense"), (2, "probe")])
-def test_trials_wait_for_it_where_they_have_no_room_or_start_from_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, start: str
+@pytest.mark.parametrize(("concurrent", "start"), [(1, "dense"), (2, "probe")])
+def test_trials_wait_for_it_where_they_run_one_at_a_time_or_start_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, concurrent: int, start: str
 ) -> None:
-    Beside(monkeypatch, room)
-    assert len(ProbeBeside.started(ranked(tmp_path, probe_epochs=3, start=start)).hints()) == 1
+    Beside(monkeypatch)
+    assert len(ProbeBeside.started(ranked(tmp_path, probe_epochs=3, start=start), concurrent).hints()) == 1
 
 
 def test_the_search_goes_on_without_a_probe_that_failed_unless_it_starts_from_it(
@@ -354,12 +353,12 @@ def test_the_search_goes_on_without_a_probe_that_failed_unless_it_starts_from_it
     worker, run = Beside(monkeypatch), ranked(tmp_path, probe_epochs=3)
     said: list[str] = []
     run.say = said.append
-    beside = ProbeBeside.started(run)
+    beside = ProbeBeside.started(run, 2)
     worker.done, worker.error = True, "a trace\nDiverged: the loss became nan"
     assert beside.hints() == []
     assert said[-1].endswith("the search goes on without it: Diverged: the loss became nan")
     with pytest.raises(StageFailed):
-        ProbeBeside.started(ranked(tmp_path / "other", probe_epochs=3, start="probe"))
+        ProbeBeside.started(ranked(tmp_path / "other", probe_epochs=3, start="probe"), 2)
 
 
 @pytest.mark.parametrize("changes", [{"probe_epochs": 0}, {"probe_epochs": 3, "sampler": "tpe"}])
@@ -367,7 +366,7 @@ def test_no_search_that_has_no_use_for_it_begins_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
     worker = Beside(monkeypatch)
-    beside = ProbeBeside.started(ranked(tmp_path, **changes))
+    beside = ProbeBeside.started(ranked(tmp_path, **changes), 2)
     beside.finish()
     assert (worker.tasks, beside.hints()) == ([], [])
 

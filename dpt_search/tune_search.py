@@ -154,8 +154,12 @@ class RecordedSearch(Searcher):
         reason = result.get("error", "") or (_left_reason(self._task, proposed.trial) if error else "")
         return Finished.of(proposed, result, reason)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles the searcher for its own restore, which is not used: the trial log is the state."""
+        return {}
+
     def save(self, checkpoint_path: str) -> None:
-        """Tune's snapshots hold nothing: the trial log is the state."""
+        """Tune's snapshots hold nothing either."""
 
     def restore(self, checkpoint_path: str) -> None:
         """See `save`."""

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from dpt_search.config import BadConfig, RunConfig, check, check_same_run
+from dpt_search.config import BadConfig, RunConfig, check, check_same_run, identity
 from dpt_search.options import read_config
+from dpt_search.run import identity_of
 from dpt_search.store import RunStore
 from trainables.settings import DataSettings, ModelSettings, Recipe
 
@@ -103,6 +104,13 @@ def test_a_field_that_an_older_version_did_not_record_is_no_change() -> None:
     old = recorded(BASE)
     del old["rank_batches"], old["trial"]["temperature"], old["data"]
     check_same_run(old, BASE)
+
+
+def test_a_field_that_came_later_leaves_the_records_of_earlier_versions_valid() -> None:
+    assert identity(BASE)["ranking"] == "taylor"
+    assert "ranking" not in identity_of(BASE)
+    other = replace(BASE, ranking="conditional")
+    assert identity_of(other) == identity_of(BASE) | {"ranking": "conditional"}
 
 
 @pytest.mark.parametrize("name", NUMBERS)

@@ -78,6 +78,16 @@ def test_plans_of_a_ranking_are_nested(ranking, data):
     assert ranking.plan(small).cell == small
 
 
+@given(rankings, st.data())
+def test_a_ranking_knows_its_own_plans_from_others_of_the_same_cell(ranking, data):
+    cell = data.draw(st.sampled_from(list(ranking.space)))
+    own = ranking.plan(cell)
+    other = PruningPlan(data.draw(st.permutations(ranking.attn))[: cell.n_attn], own.act)
+    assert own in ranking
+    assert (other in ranking) == (other == own)
+    assert PruningPlan(range(len(ranking.attn) + 1)) not in ranking
+
+
 @given(rankings)
 def test_a_ranking_removes_its_first_units_first_and_ends_with_all(ranking):
     for count in range(1, len(ranking.attn) + 1):

@@ -23,7 +23,7 @@ from search_spaces.ratios import RatioSpace
 from trainables.settings import ModelSettings
 from trainables.tasks import Task
 
-_LATER = {"ranking": "taylor"}
+_LATER = {"ranking": "taylor", "start": "dense"}
 """Identity fields that earlier versions lacked, and what those versions did: with it, their records stay valid."""
 PACKAGES = ("dpt-search", "torch", "timm", "ray", "optuna", "pyarrow", "numpy")
 

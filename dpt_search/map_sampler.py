@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,8 +30,10 @@ class MapSampler(BaseSampler):
     """Proposes the cell whose trial is worth most to the decisions asked for, per unit of cost.
 
     The worth is the knowledge gradient summed over the budgets, under the blend of polynomial, hints and observations
-    (see `posterior` and `blend`). Trials that still run count as if they ended as predicted. The study's objective is
-    the accuracy, to be maximised, or a loss, to be minimised; its parameters are `n_attn` and `n_act`.
+    (see `posterior` and `blend`). Trials that still run count as if they ended as predicted, those of other workers
+    that have no cell yet as if they were given theirs now. The study's objective is the accuracy, to be maximised, or a
+    loss, to be minimised; an infinite one counts as a failure. Its parameters are `n_attn` and `n_act`; others are left
+    to chance.
 
     A proposal is a function of the trials of the study and of the hints alone: no randomness, no state of its own.
     """
@@ -77,29 +81,48 @@ class MapSampler(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Propose the next cell."""
+        """Propose the next cell.
+
+        Raises:
+            ValueError: the study has several objectives.
+        """
+        self._raise_error_if_multi_objective(study)
+        if any(name not in search_space for name in PARAMETERS):
+            # Somebody fixes a count (PartialFixedSampler): the other one is left to chance.
+            return {}
         sign = 1.0 if study.direction is StudyDirection.MAXIMIZE else -1.0
         done: list[tuple[int, float]] = []
         running: list[int] = []
         failed: list[int] = []
+        undecided = 0
         for other in study.get_trials(deepcopy=False):
-            index = self._cell_index(other)
-            if index is None or other.number == trial.number:
+            if other.number == trial.number:
                 continue
-            if other.state is TrialState.COMPLETE and other.value is not None:
+            index = self._cell_index(other)
+            if index is None:
+                undecided += other.state is TrialState.RUNNING and other.number < trial.number
+            elif other.state is TrialState.COMPLETE and other.value is not None and math.isfinite(other.value):
                 done.append((index, sign * other.value))
             elif other.state is TrialState.RUNNING:
                 running.append(index)
             elif other.state.is_finished():
                 failed.append(index)
+        # A proposal follows from the trials alone, so what other workers are about to propose is known here too.
+        for _ in range(undecided):
+            running.append(self.next_cell(done, running, failed))
         cell = self._cells[self.next_cell(done, running, failed)]
         return {"n_attn": cell.n_attn, "n_act": cell.n_act}
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """Leave parameters that are not cells to a random draw that depends on the trial's number alone."""
-        sampler = optuna.samplers.RandomSampler(seed=trial.number)
+        """Leave parameters that are not cells to a random draw that depends on the trial's number and their name alone.
+
+        Raises:
+            ValueError: the study has several objectives.
+        """
+        self._raise_error_if_multi_objective(study)
+        sampler = optuna.samplers.RandomSampler(seed=zlib.crc32(f"{trial.number} {param_name}".encode()))
         return sampler.sample_independent(study, trial, param_name, param_distribution)
 
     def next_cell(self, done: Sequence[tuple[int, float]], running: Sequence[int], failed: Sequence[int] = ()) -> int:
@@ -148,7 +171,8 @@ class MapSampler(BaseSampler):
         """Return a trial's cell; None when it has none, or one of another space."""
         if any(name not in trial.params for name in PARAMETERS):
             return None
-        return self._index.get(Cell(*(int(trial.params[name]) for name in PARAMETERS)))
+        counts = [int(trial.params[name]) for name in PARAMETERS]
+        return self._index.get(Cell(*counts)) if min(counts) >= 0 else None
 
 
 def initial_design(space: RatioSpace, budgets: Sequence[Budget]) -> list[Cell]:

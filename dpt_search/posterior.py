@@ -107,11 +107,12 @@ class Posterior:
 
     def with_pending(self, cells: np.ndarray) -> Posterior:
         """Return beliefs once trials of `cells` end as predicted: the means stay, the uncertainty shrinks."""
-        covariance = self.covariance
-        for cell in cells:
-            column = covariance[:, cell]
-            covariance = covariance - np.outer(column, column) / (column[cell] + self.noise**2)
-        return Posterior(self.mean, covariance, self.noise)
+        if len(cells) == 0:
+            return self
+        columns = self.covariance[:, cells]
+        lower = np.linalg.cholesky(columns[cells] + np.diag(np.full(len(cells), self.noise**2)))
+        known = solve_triangular(lower, columns.T, lower=True)
+        return Posterior(self.mean, self.covariance - known.T @ known, self.noise)
 
 
 class Surface:

@@ -47,3 +47,18 @@ def test_tiny_values_keep_their_order():
 def test_two_equal_alternatives():
     found = knowledge_gradient(np.zeros(2), np.array([[0.0, 1.0]]))
     assert found[0] == pytest.approx(1 / np.sqrt(2 * np.pi))
+
+
+@pytest.mark.filterwarnings("error")
+def test_slopes_that_hardly_differ():
+    slopes = np.array([[1e-310, 0.0, 2e-310], [1.0, 1.0, 1.0 + 1e-16]])
+    assert knowledge_gradient(np.array([0.0, 1.0, 0.5]), slopes).tolist() == [0.0, 0.0]
+
+
+def test_a_long_envelope():
+    intercepts, slopes = -(np.linspace(-2, 2, 25) ** 2) / 2, np.linspace(-2, 2, 25)[None]
+    np.testing.assert_allclose(knowledge_gradient(intercepts, slopes), quadrature(intercepts, slopes), atol=1e-6)
+
+
+def test_a_breakpoint_beyond_all_outcomes_is_worth_nothing():
+    assert knowledge_gradient(np.array([0.1, 0.0]), np.array([[0.0, 0.0025], [0.0025, 0.0]])).tolist() == [0.0, 0.0]

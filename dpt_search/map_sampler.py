@@ -147,7 +147,10 @@ class MapSampler(BaseSampler):
         beliefs = self._blend.posterior(Data.of(cells, accuracies)).with_pending(np.array(running, dtype=np.int64))
         worth = self._worth(beliefs)
         worth[[cell for cell in failed if cell not in succeeded]] = -np.inf
-        return int(np.argmax(worth))
+        others = worth.copy()
+        others[list(running)] = -np.inf
+        # A cell under way is begun again only where nothing else is worth a trial.
+        return int(np.argmax(others if others.max() > 0 else worth))
 
     def _take_hints(self) -> None:
         hints = self._hints()

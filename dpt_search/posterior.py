@@ -187,7 +187,7 @@ class Surface:
 
         found = minimize(
             loss, np.zeros(len(names)), jac=True, method="L-BFGS-B", bounds=[(-3.0, 3.0)] * len(names),
-            options={"ftol": _TOLERANCE},
+            options={"ftol": _TOLERANCE, "gtol": 0.03},
         )  # fmt: skip
         return self._named(centre + width * found.x), -float(found.fun)
 

@@ -133,14 +133,14 @@ def make_sampler(
     if name == "map":
         return MapSampler(space, budgets, cost, design=design, hints=hints)
     feasible_cells(space, budgets)
-    return _Seeded(lambda each: PURE[name](each, startup), seed, is_sequence=name in _SEQUENCES)
+    return _Seeded(PURE[name], seed, startup, is_sequence=name in _SEQUENCES)
 
 
 class _Seeded(BaseSampler):
     """Draws every trial from a generator of its own, so that a search rebuilt from its log goes on as it would have."""
 
-    def __init__(self, make: Callable[[int], BaseSampler], seed: int, *, is_sequence: bool) -> None:
-        self._make, self._seed, self._is_sequence = make, seed, is_sequence
+    def __init__(self, make: _Make, seed: int, startup: int, *, is_sequence: bool) -> None:
+        self._make, self._seed, self._startup, self._is_sequence = make, seed, startup, is_sequence
         self._sampler = self._new(seed)
         self._drawn = 0
 
@@ -148,7 +148,7 @@ class _Seeded(BaseSampler):
         with warnings.catch_warnings():
             # multivariate and constant_liar are marked experimental.
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return self._make(seed)
+            return self._make(seed, self._startup)
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         if not self._is_sequence:

@@ -18,6 +18,7 @@ Make a Vision Transformer faster by removing whole layers, and search on Ray for
   run        everything: from a dense model to a faster one and a report
   compare    replay searchers over tables of real surfaces
   resolve    answer another budget from the trials already paid for, with no training
+  robustness how often noise of the trials would have changed the decisions, and what that costs
   tabulate   run every cell with several seeds: a table of the real surface, to judge searches on
   doctor     say what this machine and this model can do
 
@@ -42,6 +43,7 @@ def main(argv: list[str]) -> int:
     verbs: dict[str, Callable[[list[str]], int]] = {
         "run": _run,
         "resolve": _resolve,
+        "robustness": _robustness,
         "tabulate": _tabulate,
         "compare": _compare,
         "doctor": _doctor,
@@ -144,6 +146,27 @@ def _resolve(argv: list[str]) -> int:
     from dpt_search.summary import recommendation_table
 
     print(recommendation_table(decide(run, budgets)["budgets"]))
+    return 0
+
+
+def _robustness(argv: list[str]) -> int:
+    parser = simple_parser("robustness", "Disturb the trials by noise, decide anew, and see how often decisions stay.")
+    where = "The run directory, or a table that `dpt-search tabulate` wrote; needed without --preset."
+    preset = "hetdpt: the noise of the published study, on its samples where no RUN is named."
+    parser.add_argument("run", metavar="RUN", nargs="?", default="", help=where)
+    parser.add_argument("--preset", default="", help=preset)
+    parser.add_argument("--noise", type=float, default=None, help="sd of one trial in points; left out: as learnt.")
+    parser.add_argument("--budget", default="", help="units=8, or several at once: units=4,6; empty: the run's own.")
+    parser.add_argument("--draws", type=int, default=1000, help="How often.")
+    parser.add_argument("--seed", type=int, default=0, help="Of the noise.")
+    given = parse(parser, argv)
+    from dpt_search.robustness_report import run_study
+
+    for line in run_study(
+        given.run,
+        preset=given.preset, noise=given.noise, budget=given.budget, draws=given.draws, seed=given.seed,
+    ):  # fmt: skip
+        print(line, flush=True)
     return 0
 
 

@@ -39,7 +39,8 @@ class Parser(ArgumentParser):
         text: str = super().format_help()
         text = re.sub(r"(?<![\w-])--[a-z_.+]+", lambda m: m[0].replace("_", "-"), text)
         text = re.sub(r"\(type:\s[^()]*?,\s+default:\s*\)", "", text)
-        return re.sub(r"\(type:\s[^()]*?,\s+default:\s+", "(default: ", text)
+        text = re.sub(r"\(type:\s[^()]*?,\s+default:\s+", "(default: ", text)
+        return re.sub(r"\s*\(default:\s+(null)?\)", "", text)
 
 
 def config_parser(verb: str, everything: bool) -> Parser:

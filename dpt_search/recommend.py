@@ -84,19 +84,31 @@ def recommend(
     """
     if not observations:
         raise ValueError("nothing was observed yet")
-    index = {cell: i for i, cell in enumerate(space)}
-    cells = np.array([index[each.plan.cell] for each in observations])
-    data = Data.of(cells, np.array([each.accuracy for each in observations]))
-    beliefs = Blend(ratios(space), hints=hints).posterior(data)
-    trials = Counter(each.plan.cell for each in observations)
+    cells = [each.plan.cell for each in observations]
+    found = beliefs(space, cells, np.array([each.accuracy for each in observations]), hints)
+    trials, index = Counter(cells), {cell: i for i, cell in enumerate(space)}
     surface = {
         "n_attn": space.n_attn,
         "n_act": space.n_act,
-        "mean": _rows(beliefs.mean, space),
-        "sd": _rows(beliefs.sd, space),
-        "noise": beliefs.noise,
+        "mean": _rows(found.mean, space),
+        "sd": _rows(found.sd, space),
+        "noise": found.noise,
     }
-    return surface, [_decide(budget, space, index, beliefs, trials) for budget in budgets]
+    return surface, [_decide(budget, space, index, found, trials) for budget in budgets]
+
+
+def beliefs(space: RatioSpace, cells: Sequence[Cell], accuracies: Array, hints: Sequence[Array] = ()) -> Posterior:
+    """Return what is believed of every cell, in the space's order: the one model that all decisions are made by.
+
+    Args:
+        space: the lattice.
+        cells: of the trials, at least one.
+        accuracies: [trials].
+        hints: [cells of the space] each, earlier surfaces.
+    """
+    index = {cell: i for i, cell in enumerate(space)}
+    data = Data.of(np.array([index[cell] for cell in cells]), accuracies)
+    return Blend(ratios(space), hints=hints).posterior(data)
 
 
 def _decide(

@@ -179,7 +179,7 @@ def recorded_run(location: str, say: Callable[[str], None]) -> Run:
     recorded = store.read_json("run.json")
     if recorded is None:
         raise BadRun(f"{location!r} is no run directory: it has no run.json")
-    known = {name: recorded["config"][name] for name in ("seed", "prior") if name in recorded["config"]}
+    known = {name: recorded["config"][name] for name in ("seed", "budget", "prior") if name in recorded["config"]}
     return Run(replace(RunConfig(), run_dir=location, **known), store, say)
 
 

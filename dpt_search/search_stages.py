@@ -145,14 +145,7 @@ def decide(run: Run, budgets: tuple[Budget, ...]) -> dict[str, Any]:
         BadRun: no trial has finished yet.
         BadConfig: a budget is larger than the space.
     """
-    ranking, log, costs = read_ranking(run), TrialLog(run.store), read_costs(run.store)
-    observations = [
-        Observation(PruningPlan.parse(f.plan), f.start, f.accuracy, f.cost)
-        for f in surface_trials(log, ranking)
-        if f.accuracy is not None
-    ]
-    if not observations:
-        raise BadRun(f"no trial in {run.store.location!r} has finished yet: run `dpt-search search` on it first")
+    ranking, costs, observations = read_ranking(run), read_costs(run.store), observations_of(run)
     check_budgets(budgets, ranking.space)
     hints = hints_of(run.store, ranking.space, run.config.prior)
     surface, found = recommend(ranking.space, budgets, observations, hints)
@@ -167,6 +160,22 @@ def decide(run: Run, budgets: tuple[Budget, ...]) -> dict[str, Any]:
             }
         )  # fmt: skip
     return {"budgets": rows, "surface": surface, "observations": len(observations)}
+
+
+def observations_of(run: Run) -> list[Observation]:
+    """Return the trials that a run decides by, by number.
+
+    Raises:
+        BadRun: none has finished yet.
+    """
+    observations = [
+        Observation(PruningPlan.parse(f.plan), f.start, f.accuracy, f.cost)
+        for f in surface_trials(TrialLog(run.store), read_ranking(run))
+        if f.accuracy is not None
+    ]
+    if not observations:
+        raise BadRun(f"no trial in {run.store.location!r} has finished yet: run `dpt-search search` on it first")
+    return observations
 
 
 def speedups(costs: UnitCosts | None, plan: PruningPlan) -> dict[str, float]:

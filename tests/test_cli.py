@@ -20,7 +20,7 @@ from dpt_search.store import Finished, Proposed, RunStore, TrialLog
 from trainables.settings import DataSettings, ModelSettings
 
 ROOT = Path(__file__).parent.parent
-VERBS = ("resolve", "doctor", "tabulate", *DESCRIPTIONS)
+VERBS = ("resolve", "robustness", "doctor", "tabulate", *DESCRIPTIONS)
 CONFIG = RunConfig(
     ModelSettings("vit_tiny_patch16_224"), DataSettings("cifar10"), run_dir="run", budget="units=2,4", max_trials=4
 )
@@ -99,6 +99,14 @@ def write_run(folder: Path, *, costs: bool = False) -> RunStore:
         ("rank", "required: run (see dpt-search rank --help)"),
         ("resolve nowhere --budget units=2", "'nowhere' is no run directory: it has no run.json"),
         ("resolve nowhere", "required: budget (see dpt-search resolve --help)"),
+        ("robustness", "robustness of which run? Give its directory, or --preset hetdpt"),
+        ("robustness nowhere", "'nowhere' is no run directory: it has no run.json"),
+        ("robustness nowhere.parquet", "no table at 'nowhere.parquet'"),
+        ("robustness nowhere --noise -0.1", "--noise is -0.1 points, but must be 0 or more"),
+        ("robustness nowhere --draws 0", "--draws is 0, but must be at least 1"),
+        ("robustness --preset hetdtp", "no preset 'hetdtp': use hetdpt"),
+        ("robustness --preset hetdpt --budget units=25", "at most units=24"),
+        ("robustness --preset hetdpt --budget all", "unknown budget 'all'; write units=8"),
     ],
 )
 def test_bad_input_is_one_line_that_says_what_to_do_and_creates_nothing(tmp_path: Path, argv: str, says: str) -> None:
@@ -167,10 +175,30 @@ def test_resolve_reads_only(tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
-def test_help_resolve_and_report_import_neither_torch_nor_ray(tmp_path: Path) -> None:
+def test_robustness_reads_the_trials_and_the_budgets_of_a_run(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    done = start("-m", "dpt_search", "robustness", "run", "--noise=0", "--draws=3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("run: 4 trials, 3 draws")
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("sd 0 points")]
+    assert [(row[3], row[5], row[-2:]) for row in rows] == [
+        ("units=2", "100.0%", ["0.000", "0.000"]), ("units=4", "100.0%", ["0.000", "0.000"])
+    ]  # fmt: skip
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_robustness_of_a_run_without_trials_is_one_line(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/trials")
+    assert "no trial in 'run' has finished yet" in refused(tmp_path, "robustness", "run")
+
+
+def test_help_and_the_verbs_without_training_import_neither_torch_nor_ray(tmp_path: Path) -> None:
     write_run(tmp_path / "run", costs=True)
     quick = ["--help", "--version", *(f"{verb} --help" for verb in VERBS), "run --help-all"]
-    done = start("-c", HEAVY, *quick, "resolve run --budget units=2", "report run", cwd=tmp_path)
+    study = ("robustness run --draws 2", "robustness run --preset hetdpt --draws 2", "robustness --preset hetdpt")
+    done = start("-c", HEAVY, *quick, "resolve run --budget units=2", *study, "report run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run/report.html").is_file()
 

@@ -1,8 +1,6 @@
 """MAP against the published samples and against brute force."""
 
-import csv
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,16 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpt_search.map_predictor import MapPredictor, NotIdentified, leave_2_out, monomials
-
-SAMPLES = Path(__file__).parent / "data" / "deit_b_imagenet_samples.csv"
+from dpt_search.published import published as published_trials
 
 
 @pytest.fixture(scope="module")
 def published():
     """Retained ratios and accuracies (percent) of the 22 samples of DeiT-B on ImageNet-1k that HetDPT published."""
-    rows = list(csv.DictReader(line for line in SAMPLES.read_text().splitlines() if not line.startswith("#")))
-    removed = np.array([[int(row["n_attn"]), int(row["n_act"])] for row in rows])
-    return 1 - removed / 12, np.array([float(row["accuracy"]) for row in rows])
+    cells, accuracies = published_trials()
+    return 1 - np.array([[cell.n_attn, cell.n_act] for cell in cells]) / 12, 100 * accuracies
 
 
 def test_the_fit_of_the_published_samples(published):

@@ -104,7 +104,8 @@ class MapSampler(BaseSampler):
             elif other.state is TrialState.COMPLETE and other.value is not None and math.isfinite(other.value):
                 done.append((index, sign * other.value))
             elif other.state is TrialState.RUNNING:
-                running.append(index)
+                # A later one that has its cell already was given it with this one's in mind.
+                running += [index] if other.number < trial.number else []
             elif other.state.is_finished():
                 failed.append(index)
         # A proposal follows from the trials alone, so what other workers are about to propose is known here too.

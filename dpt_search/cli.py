@@ -175,6 +175,8 @@ def _tabulate(argv: list[str]) -> int:
     parser.add_argument("run", metavar="RUN", help="The run directory, with its dense model, profile and ranking done.")
     parser.add_argument("--cells", choices=["all", "even"], default="all", help="Even: an even number of units.")
     parser.add_argument("--seeds", type=int, default=3, help="Trials per cell (default: 3).")
+    parser.add_argument("--close_seeds", type=int, default=0, help="Trials of cells close to the best of their line.")
+    parser.add_argument("--close", type=float, default=0.5, help="How close that is, in points (default: 0.5).")
     parser.add_argument("--probes", type=int, default=0, help="Elastic probes to run instead, each with a seed.")
     parser.add_argument("--shard", default="0/1", help="I/N: every N-th trial from the I-th on (default: 0/1).")
     given = parse(parser, argv)
@@ -182,14 +184,15 @@ def _tabulate(argv: list[str]) -> int:
         raise BadInput(f"--seeds is {given.seeds}, but must be at least 1")
     from dpt_search.probe_seeds import tabulate_probes
     from dpt_search.run import configured_run, read_ranking
-    from dpt_search.tabulate import parse_shard, tabulate, wanted_cells
+    from dpt_search.tabulate import Request, parse_shard, tabulate, wanted_cells
 
     shard = parse_shard(given.shard)
     with configured_run(recorded_config(given.run), say) as run:
         if given.probes:
             place = tabulate_probes(run, given.probes, wanted_cells(read_ranking(run).space, given.cells))
         else:
-            place = tabulate(run, given.cells, given.seeds, shard)
+            request = Request(given.cells, given.seeds, given.close_seeds, given.close)
+            place = tabulate(run, request, shard)
     if place:
         print(f"table: {place}")
     return 0

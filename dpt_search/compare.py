@@ -66,9 +66,10 @@ class Judge:
             seed: of the replay; the observed column, and the probe, rotate with it.
             probes: what the probe says, with several seeds; None where that is not known.
         """
-        seeds = table.accuracies.shape[1]
-        if seeds < 2:
+        if table.accuracies.shape[1] < 2:
             raise ValueError("a table needs at least two seeds: one is observed, the others judge")
+        # Seeds that only some cells have, judge but are not observed first.
+        seeds = int((np.isfinite(table.accuracies).mean(axis=0) > 0.5).sum())
         self._table, self._index = table, {cell: i for i, cell in enumerate(table.cells)}
         self._random = np.random.default_rng([seed, 1])
         self._observed = seed % seeds
@@ -79,6 +80,7 @@ class Judge:
         self._drawn: dict[Cell, list[int]] = {}
         self._lines = [np.array([self._index[c] for c in b.feasible(table.space) if c in self._index]) for b in budgets]
         seen = table.accuracies[:, self._observed]
+        seen = np.where(np.isfinite(seen), seen, np.nanmean(table.accuracies, axis=1))
         self.floor = np.array([self._lost(line, line[int(np.argmax(seen[line]))]) for line in self._lines])
 
     def _probe(self, probes: ProbeSeeds, seed: int) -> Probe:

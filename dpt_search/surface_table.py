@@ -80,17 +80,29 @@ def read_table(location: str) -> SurfaceTable:
     Raises:
         BadRun: it is not there, or is no table.
     """
+    rows, provenance = read_rows(location)
+    return _table(RatioSpace(*provenance["space"]), rows, provenance)
+
+
+def read_rows(location: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Read a table's rows, with the columns of `SCHEMA`, and its provenance.
+
+    Args:
+        location: the file, or the run directory that has it: a path or URI.
+
+    Raises:
+        BadRun: it is not there, or is no table.
+    """
     try:
         place = f"{location.rstrip('/')}/{NAME}" if is_dir(location) else location
         table = from_bytes(read_bytes(place))
         provenance = json.loads((table.schema.metadata or {})[b"provenance"])
-        rows = table.select(["n_attn", "n_act", "seed", "accuracy", "cost"]).to_pylist()
-        space = RatioSpace(*provenance["space"])
+        RatioSpace(*provenance["space"])
+        return table.select(SCHEMA.names).to_pylist(), provenance
     except FileNotFoundError:
         raise BadRun(f"no table at {location!r}: `dpt-search tabulate RUN` makes one") from None
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise BadRun(f"cannot read the table {location!r} ({type(error).__name__}: {first_line(error)})") from None
-    return _table(space, rows, provenance)
 
 
 def _table(space: RatioSpace, rows: list[dict[str, Any]], provenance: dict[str, Any]) -> SurfaceTable:

@@ -9,17 +9,18 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
-from dpt_search.config import RunConfig
+from dpt_search.config import BadConfig, RunConfig, check_same_run
 from dpt_search.lease import Lease
 from dpt_search.progress import duration
 from dpt_search.remote import StageFailed, call_each, resources
 from dpt_search.run import Run, commit, digest_of, identity_of, read_ranking, versions
 from dpt_search.store import BadRun, RunStore
-from dpt_search.surface_table import NAME, SCHEMA, write_table
+from dpt_search.surface_table import NAME, SCHEMA, read_rows, write_table
 from search_spaces import BadInput
 from search_spaces.plan import Ranking
 from search_spaces.ratios import Cell, RatioSpace, spread
@@ -79,13 +80,48 @@ def jobs_of(space: RatioSpace, cells: str, seeds: int) -> list[Job]:
     return [Job(cell, seed, seed * len(space) + position[cell]) for seed in range(seeds) for cell in ordered]
 
 
-def tabulate(run: Run, cells: str, seeds: int, shard: tuple[int, int]) -> str:
+def close_jobs(space: RatioSpace, means: Mapping[Cell, float], points: float, seeds: range) -> list[Job]:
+    """Return further trials of the cells that come close to the best of their line, seed by seed.
+
+    Args:
+        space: the lattice.
+        means: mean accuracy of each cell of the table.
+        points: how close, in points.
+        seeds: of the further trials.
+    """
+    position = {cell: index for index, cell in enumerate(space)}
+    best: dict[int, float] = {}
+    for cell, mean in means.items():
+        best[cell.total] = max(mean, best.get(cell.total, 0.0))
+    close = [cell for cell, mean in means.items() if mean >= best[cell.total] - 0.01 * points]
+    return [Job(cell, seed, seed * len(space) + position[cell]) for seed in seeds for cell in close]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a table is to hold.
+
+    Attributes:
+        cells: `all`, or `even` for those that remove an even number of units.
+        seeds: trials per cell.
+        close_seeds: trials of the cells that come close to the best of their line; 0 for no more than of others.
+        close: how close that is, in points.
+    """
+
+    cells: str = "all"
+    seeds: int = 3
+    close_seeds: int = 0
+    close: float = 0.5
+
+
+def tabulate(run: Run, request: Request, shard: tuple[int, int]) -> str:
     """Run the trials of a shard that are missing; write the table once those of all shards are there.
+
+    Trials that the run's table has already, made from the same inputs, are not run again.
 
     Args:
         run: a run with a dense model, costs and a ranking.
-        cells: `all`, or `even` for those that remove an even number of units.
-        seeds: trials per cell.
+        request: what the table is to hold.
         shard: (I, N): every N-th trial from the I-th on.
 
     Returns:
@@ -97,18 +133,53 @@ def tabulate(run: Run, cells: str, seeds: int, shard: tuple[int, int]) -> str:
     """
     ranking = _checked_ranking(run)
     inputs = digest_of([identity_of(run.config), asdict(ranking)])
-    jobs = jobs_of(ranking.space, cells, seeds)
-    records = Records(run.store, inputs, run.config.start)
+    records = Records(run.store, inputs, run.config.start, _known_rows(run, ranking))
+    jobs = jobs_of(ranking.space, request.cells, request.seeds)
+    rows = _complete(run, ranking, jobs, records, shard)
+    if rows and request.close_seeds > request.seeds:
+        further = range(request.seeds, request.close_seeds)
+        jobs += close_jobs(ranking.space, _means(rows), request.close, further)
+        rows = _complete(run, ranking, jobs, records, shard)
+    if not rows:
+        return ""
+    place = run.store.path(NAME)
+    write_table(place, ranking.space, [_row(r) for r in rows], _provenance(run, ranking, rows, request))
+    return place
+
+
+def _complete(
+    run: Run, ranking: Ranking, jobs: list[Job], records: Records, shard: tuple[int, int]
+) -> list[dict[str, Any]]:
+    """Run a shard's missing trials and return all rows; none while other shards have trials to run."""
     missing = [job for job in jobs[shard[0] :: shard[1]] if not records.has(job)]
     if missing:
         _run_missing(run, ranking, missing, records, shard)
     rows = [record for job in jobs if (record := records.read(job)) is not None]
-    if len(rows) < len(jobs):
-        run.say(f"table: {len(rows)} of {len(jobs)} trials are there; the other shards have the rest")
-        return ""
-    place = run.store.path(NAME)
-    write_table(place, ranking.space, [_row(r) for r in rows], _provenance(run, ranking, rows, [cells, seeds]))
-    return place
+    if len(rows) == len(jobs):
+        return rows
+    run.say(f"table: {len(rows)} of {len(jobs)} trials are there; the other shards have the rest")
+    return []
+
+
+def _means(rows: list[dict[str, Any]]) -> dict[Cell, float]:
+    found: dict[Cell, list[float]] = {}
+    for row in rows:
+        if row["accuracy"] is not None:
+            found.setdefault(Cell(row["n_attn"], row["n_act"]), []).append(row["accuracy"])
+    return {cell: fmean(accuracies) for cell, accuracies in found.items()}
+
+
+def _known_rows(run: Run, ranking: Ranking) -> list[dict[str, Any]]:
+    """Return the trials of the run's table, where it was made with this configuration and ranking."""
+    if not run.store.exists(NAME):
+        return []
+    rows, provenance = read_rows(run.store.path(NAME))
+    made = {kind: tuple(provenance["ranking"][kind]) for kind in ("attn", "act")}
+    try:
+        check_same_run(provenance["configuration"], run.config)
+    except BadConfig:
+        return []
+    return rows if made == {"attn": ranking.attn, "act": ranking.act} else []
 
 
 def _checked_ranking(run: Run) -> Ranking:
@@ -119,13 +190,19 @@ def _checked_ranking(run: Run) -> Ranking:
 
 
 class Records:
-    """The trials of `table/` that were made from the same inputs."""
+    """The trials of `table/`, and of a table that is there, that were made from the same inputs."""
 
-    def __init__(self, store: RunStore, inputs: str, start: str = "dense") -> None:
+    def __init__(
+        self, store: RunStore, inputs: str, start: str = "dense", known: Sequence[dict[str, Any]] = ()
+    ) -> None:
         self._store, self._inputs, self._start = store, inputs, start
+        self._known = {(row["n_attn"], row["n_act"], row["seed"]): row for row in known}
 
     def read(self, job: Job) -> dict[str, Any] | None:
         """Return a trial's record; None when there is none of these inputs, or it is broken."""
+        known = self._known.get((job.cell.n_attn, job.cell.n_act, job.seed))
+        if known is not None:
+            return known
         try:
             found: dict[str, Any] | None = self._store.read_json(f"{FOLDER}/{job.record}")
         except BadRun:
@@ -196,25 +273,26 @@ def _row(record: dict[str, Any]) -> dict[str, Any]:
     return {name: record[name] for name in SCHEMA.names}
 
 
-def _provenance(run: Run, ranking: Ranking, rows: list[dict[str, Any]], request: list[Any]) -> dict[str, Any]:
-    """Return what the table was made of and with."""
+def _provenance(run: Run, ranking: Ranking, rows: list[dict[str, Any]], request: Request) -> dict[str, Any]:
+    """Return what the table was made of and with, what is known of rows that it had before included."""
     config: RunConfig = run.config
     dense = run.store.read_json("dense/dense.json")
-    made = [row for row in rows if row["accuracy"] is not None]
-    images = made[0]["images"] if made else {}
+    before = read_rows(run.store.path(NAME))[1] if run.store.exists(NAME) else {}
+    made = [row for row in rows if row.get("device")]
+    images = made[0]["images"] if made else {k: v for k, v in before.get("images", {}).items() if k != "dense"}
     return {
         "configuration": asdict(config),
-        "versions": {**versions(), **(made[0]["versions"] if made else {})},
+        "versions": {**versions(), **(made[0]["versions"] if made else before.get("versions", {}))},
         "commit": commit(),
         "command": " ".join(sys.argv),
-        "cells": request[0],
-        "seeds": request[1],
+        **asdict(request),
         "start": config.start,
         "ranking": {"attn": list(ranking.attn), "act": list(ranking.act)},
         "dense_accuracy": dense["accuracy"],
         "images": {**images, "dense": dense["images"]},
-        "devices": _distinct(row["device"] for row in made),
-        "failed": {f"({r['n_attn']},{r['n_act']}) seed {r['seed']}": r["error"] for r in rows if r["error"]},
+        "devices": _distinct([*(row["device"] for row in made), *before.get("devices", [])]),
+        "failed": before.get("failed", {})
+        | {f"({r['n_attn']},{r['n_act']}) seed {r['seed']}": r["error"] for r in rows if r.get("error")},
     }
 
 

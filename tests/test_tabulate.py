@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from dpt_search.remote import StageFailed
 from dpt_search.run import configured_run
 from dpt_search.store import BadRun, RunStore
 from dpt_search.surface_table import read_table
-from dpt_search.tabulate import Job, jobs_of, parse_shard, tabulate, wanted_cells
+from dpt_search.tabulate import Job, Request, close_jobs, jobs_of, parse_shard, tabulate, wanted_cells
 from search_spaces import BadInput
 from search_spaces.plan import PruningPlan
 from search_spaces.ratios import Cell, RatioSpace, spread
@@ -96,8 +97,8 @@ def config(tmp_path: Path) -> RunConfig:
     return ranked(tmp_path / "run")
 
 
-def make(config: RunConfig, cells: str = "all", seeds: int = 2, shard: tuple[int, int] = (0, 1)) -> str:
-    return tabulate(configured_run(config, lambda _: None), cells, seeds, shard)
+def make(config: RunConfig, cells: str = "all", seeds: int = 2, shard: tuple[int, int] = (0, 1), **more: Any) -> str:
+    return tabulate(configured_run(config, lambda _: None), Request(cells, seeds, **more), shard)
 
 
 def records(config: RunConfig) -> dict[str, bytes]:
@@ -116,6 +117,19 @@ def test_shards_are_disjoint_and_complete(space: RatioSpace, cells: str, seeds: 
     expected = {cell for cell in space if cells == "all" or cell.total % 2 == 0}
     assert {(j.cell, j.seed) for j in jobs} == {(cell, seed) for cell in expected for seed in range(seeds)}
     assert len(jobs) == seeds * len(expected)
+
+
+@given(spaces, st.floats(0, 20), st.integers(0, 99))
+def test_further_trials_are_of_cells_close_to_the_best_of_their_line(
+    space: RatioSpace, points: float, seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    means = {cell: float(generator.uniform(0.5, 0.9)) for cell in space}
+    jobs = close_jobs(space, means, points, range(2, 4))
+    for cell, mean in means.items():
+        short = max(means[other] for other in space.line(cell.total)) - mean
+        assert [job.seed for job in jobs if job.cell == cell] == ([2, 3] if short <= 0.01 * points else [])
+    assert {job.number for job in jobs} <= {job.number for job in jobs_of(space, "all", 4)}
 
 
 @given(spaces)
@@ -247,6 +261,8 @@ def test_too_many_failures_in_a_row_stop_it_with_the_reason(config: RunConfig, w
 def test_records_made_from_other_inputs_or_broken_are_made_again(config: RunConfig, workers: Workers) -> None:
     make(config, seeds=1)
     Path(config.run_dir, "table", "00-00-0.json").write_text('{"n_attn": ')
+    # The table has that trial too, and would do.
+    Path(config.run_dir, "table.parquet").unlink()
     make(config, seeds=1)
     assert len(workers.done) == 13
     RunStore(config.run_dir).write_json("ranking.json", {**RANKING, "attn": [0, 1]})
@@ -317,3 +333,26 @@ def test_a_table_on_real_ray_killed_and_gone_on_with(
     assert sorted(p.name for p in (run / "table").iterdir() if p.is_dir()) == []
     again = start(tmp_path, "tabulate", run, "--seeds=2")
     assert "starting Ray" not in again.stdout
+
+
+def test_a_tables_own_trials_are_not_run_again_and_close_cells_get_more(config: RunConfig, workers: Workers) -> None:
+    place = make(config, "even", 2)
+    cells, before = len(wanted_cells(SPACE, "even")), len(workers.done)
+    shutil.rmtree(Path(config.run_dir, "table"))
+    make(config, "even", 2)
+    assert len(workers.done) == before
+    make(config, "even", 2, close_seeds=4, close=100.0)
+    assert len(workers.done) == before + 2 * cells
+    table = read_table(place)
+    assert table.accuracies.shape == (cells, 4)
+    assert np.isfinite(table.accuracies).all()
+    assert table.provenance["devices"] == ["a CPU"]
+    assert table.provenance["images"] == {"train": 96, "val": 48, "dense": 48}
+
+
+def test_a_table_of_another_recipe_does_not_count(config: RunConfig, workers: Workers) -> None:
+    make(config, "even", 1)
+    shutil.rmtree(Path(config.run_dir, "table"))
+    before = len(workers.done)
+    make(replace(config, trial=replace(RECIPE, lr=9.0)), "even", 1)
+    assert len(workers.done) == 2 * before

@@ -38,6 +38,7 @@ class Trace:
         tau: Kendall's tau between the surface believed in at the end and the true one, mean over the budgets' lines;
             nan where the strategy believes in none.
         upfront: cost of a probe, which is in `cost` from the start.
+        observed: the seed of the table that was observed first.
     """
 
     cost: Array
@@ -46,6 +47,7 @@ class Trace:
     floor: Array
     tau: float
     upfront: float = 0.0
+    observed: int = 0
 
     @property
     def excess(self) -> Array:
@@ -69,23 +71,24 @@ class Judge:
         if table.accuracies.shape[1] < 2:
             raise ValueError("a table needs at least two seeds: one is observed, the others judge")
         # Seeds that only some cells have, judge but are not observed first.
-        seeds = int((np.isfinite(table.accuracies).mean(axis=0) > 0.5).sum())
+        self.seeds = int((np.isfinite(table.accuracies).mean(axis=0) > 0.5).sum())
         self._table, self._index = table, {cell: i for i, cell in enumerate(table.cells)}
         self._random = np.random.default_rng([seed, 1])
-        self._observed = seed % seeds
-        others = np.delete(table.accuracies, self._observed, axis=1)
+        self.observed = seed % self.seeds
+        others = np.delete(table.accuracies, self.observed, axis=1)
         self._truth = np.nanmean(others, axis=1)
         self.noise = table_noise(table)
         self.probe = self._probe(probes, seed) if probes is not None else None
         self._drawn: dict[Cell, list[int]] = {}
         self._lines = [np.array([self._index[c] for c in b.feasible(table.space) if c in self._index]) for b in budgets]
-        seen = table.accuracies[:, self._observed]
+        seen = table.accuracies[:, self.observed]
         seen = np.where(np.isfinite(seen), seen, np.nanmean(table.accuracies, axis=1))
         self.floor = np.array([self._lost(line, line[int(np.argmax(seen[line]))]) for line in self._lines])
 
     def _probe(self, probes: ProbeSeeds, seed: int) -> Probe:
         dense = self._table.costs[self._index[Cell(0, 0)]]
-        said = probes.accuracies[:, seed % probes.accuracies.shape[1]].tolist()
+        # Not in step with the observed column: every pair of both comes in turn.
+        said = probes.accuracies[:, (seed + seed // self.seeds) % probes.accuracies.shape[1]].tolist()
         costs = (probes.costs / dense).tolist()
         return Probe(
             dict(zip(probes.cells, said, strict=True)),
@@ -110,14 +113,14 @@ class Judge:
         if cell not in self._index:
             near = self._near(cell)
             lost = self.noise * np.sqrt(1 - 1 / len(near))
-            seen = float(np.mean(self._table.accuracies[near, self._observed]))
+            seen = float(np.mean(self._table.accuracies[near, self.observed]))
             return seen + float(lost * self._random.standard_normal())
         row = self._table.accuracies[self._index[cell]]
         drawn = self._drawn.setdefault(cell, [])
         left = [s for s in range(len(row)) if s not in drawn and np.isfinite(row[s])]
         if not left:
             return float(np.nanmean(row) + self.noise * self._random.standard_normal())
-        chosen = self._observed if self._observed in left else int(self._random.choice(left))
+        chosen = self.observed if self.observed in left else int(self._random.choice(left))
         drawn.append(chosen)
         return float(row[chosen])
 
@@ -202,7 +205,9 @@ def replay(
         times.append(now)
         regrets.append(judge.regret(strategy.choose()))
     tau = judge.tau(strategy.surface())
-    return Trace(np.array(costs), np.array(times), np.array(regrets), judge.floor, tau, strategy.upfront)
+    return Trace(
+        np.array(costs), np.array(times), np.array(regrets), judge.floor, tau, strategy.upfront, judge.observed
+    )
 
 
 def compare(

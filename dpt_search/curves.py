@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from scipy.stats import t as student_t
 
 from dpt_search.compare import POINT, Trace
 from dpt_search.map_predictor import Array
@@ -22,7 +23,7 @@ class Curve:
         name: the strategy.
         cost: [m] common grid of cost, or of virtual time, in trials of the dense model.
         mean: [m] regret above the floor, averaged over budgets and replays; nan below the cost of a probe.
-        low: [m] lower end of its 95 % interval, over replays.
+        low: [m] lower end of its 95 % interval, over the seeds of the table that were observed.
         high: [m] upper end.
         quartiles: [2, m] over replays.
         hit_rate: [m] share of decisions with no regret above the floor.
@@ -59,14 +60,24 @@ def mean_curve(name: str, groups: Sequence[Sequence[Trace]], grid: Array, axis: 
     """
     rows = np.array([np.mean([_at(trace.excess, trace, grid, axis) for trace in group], axis=0) for group in groups])
     hits = [np.mean([_at(_hits(trace), trace, grid, axis) for trace in group], axis=0) for group in groups]
-    error = 1.96 * rows.std(axis=0, ddof=1) / np.sqrt(len(rows)) if len(rows) > 1 else np.zeros(len(grid))
-    mean = rows.mean(axis=0)
     every = [trace for group in groups for trace in group]
+    mean, error = rows.mean(axis=0), _error(rows, [group[0].observed for group in groups])
     taus = [trace.tau for trace in every if np.isfinite(trace.tau)]
     return Curve(
         name, grid, mean, mean - error, mean + error, np.quantile(rows, [0.25, 0.75], axis=0), np.mean(hits, axis=0),
         float(np.mean([trace.floor.mean() for trace in every])), float(np.mean(taus)) if taus else float("nan"),
     )  # fmt: skip
+
+
+def _error(rows: Array, observed: Sequence[int]) -> Array:
+    """Return half the width of the mean's 95 % interval, [m].
+
+    Replays that observe the same seed of the table are no independent draws of the surface's noise: their means are.
+    """
+    means = np.array([rows[np.equal(observed, seed)].mean(axis=0) for seed in sorted(set(observed))])
+    if len(means) < 2:
+        return np.zeros(rows.shape[1])
+    return float(student_t.ppf(0.975, len(means) - 1)) * means.std(axis=0, ddof=1) / np.sqrt(len(means))
 
 
 def _hits(trace: Trace) -> Array:

@@ -18,6 +18,8 @@ class Hyperparameters:
         slope: prior sd of the polynomial's coefficients of degree >= 1, over ratios from 0 to 1.
         hint: prior sd of each hint's coefficient about 1 for the first, about 0 for the others.
         shape: prior sd of the coefficients of each hint's parts.
+        step: sd of the loss by each single unit, about what the smooth parts say.
+        own: sd of what a cell has to itself: its accuracy, not its trials' noise.
         single: sd of the residual's function of one kind.
         joint: sd of its function of both kinds.
         length: length scale of both, where 1 is the way from all units to none.
@@ -29,6 +31,8 @@ class Hyperparameters:
     slope: float = 0.2
     hint: float = 0.3
     shape: float = 0.2
+    step: float = 0.002
+    own: float = 0.002
     single: float = 0.05
     joint: float = 0.02
     length: float = 0.5

@@ -10,6 +10,8 @@ The residual is made for what real surfaces look like:
   tells of its whole row and its whole column;
 - its distances are in the logarithm of the units that are left, because the next removal matters more the fewer are
   left: a plateau at first, steep at the end;
+- every unit has a loss of its own, a step in its row or column, and every cell a little accuracy of its own, so that
+  many trials in one place count more than what lies around it;
 - the removal of the last unit of a kind is a cliff, taken to be one until seen otherwise: without any attention tokens
   cannot mix. Cells beyond it tell little of the others.
 
@@ -39,8 +41,8 @@ _FIT_CELLS = 48
 
 
 _WIDTH = {
-    "slope": 1.0, "hint": 0.7, "shape": 1.0, "single": 1.0, "joint": 1.0, "length": 0.4, "cliff_attn": 1.0,
-    "cliff_act": 1.0, "noise": 0.5,
+    "slope": 1.0, "hint": 0.7, "shape": 1.0, "step": 0.7, "own": 0.5, "single": 1.0, "joint": 1.0, "length": 0.4,
+    "cliff_attn": 1.0, "cliff_act": 1.0, "noise": 0.5,
 }  # fmt: skip
 """Priors are log-normal: their medians are the defaults, and these the sd of the logarithms."""
 _HINTED = {"slope": 0.05, "single": 0.02, "joint": 0.007, "cliff_attn": 0.03, "cliff_act": 0.02}
@@ -136,8 +138,10 @@ class Surface:
         self._hinted = hints[0] - hints[0].mean() if hints else np.zeros(len(points))
         self._edges = np.stack([(level == level.max()) & (level > 0) for level in levels]).astype(np.float64)
         outer = {name: each @ each.T for name, each in features.items()}
+        outer["step"] = np.sum([np.minimum(level[:, None], level[None, :]) for level in levels], axis=0).astype(float)
+        outer["own"] = np.eye(len(points))
         self._kernel = Kernel(outer, np.stack([squared_distances(level) for level in levels]), self._edges)
-        self.names = (*features, "single", "joint", "length", "cliff_attn", "cliff_act", "noise")
+        self.names = (*outer, "single", "joint", "length", "cliff_attn", "cliff_act", "noise")
 
     def prior(self, hyper: Hyperparameters) -> Array:
         """Return the prior covariance of all cells' accuracies without the constant, [cells, cells]."""

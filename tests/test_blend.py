@@ -18,7 +18,8 @@ from search_spaces.ratios import RatioSpace
 SPACE = RatioSpace(12, 12)
 POINTS = ratios(SPACE)
 LINES = [np.array([i for i, cell in enumerate(SPACE) if cell.total == total]) for total in range(4, 21, 4)]
-TABLES = sorted((Path(__file__).parents[1] / "benchmarks" / "tables").glob("*.parquet"))
+FOLDER = Path(__file__).parents[1] / "benchmarks" / "tables"
+TABLES = sorted(path for path in FOLDER.glob("*.parquet") if not path.stem.endswith(".probes"))
 
 
 def quadratic(seed: int) -> np.ndarray:

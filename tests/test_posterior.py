@@ -53,7 +53,7 @@ def test_adding_a_constant_moves_every_mean_by_it_and_no_uncertainty(seed, n, ad
 def test_without_residual_and_with_flat_priors_it_is_map(seed):
     cells, accuracies = observe(quadratic(seed), 30, 0.003, seed)
     limit = Hyperparameters(
-        slope=100.0, noise=0.003, **dict.fromkeys(("single", "joint", "cliff_attn", "cliff_act"), 1e-9)
+        slope=100.0, noise=0.003, **dict.fromkeys(("step", "own", "single", "joint", "cliff_attn", "cliff_act"), 1e-9)
     )
     expected, error = MapPredictor(POINTS[cells], accuracies, degree=2).predict(POINTS)
     found = SURFACE.posterior(Data.of(cells, accuracies), limit)

@@ -210,27 +210,39 @@ def write_csv(path: Path, curves: Sequence[Curve]) -> None:
     path.write_text(stream.getvalue())
 
 
+_COLOURS = {
+    "map": "#0072b2", "map/no-probe": "#56b4e9", "map/prior": "#cc79a7", "gp-lattice": "#d55e00", "walk": "#009e73",
+}  # fmt: skip
+_PURE_COLOURS = ("#222222", "#666666", "#999999")
+"""Of the best pure searches; the others are thin and have no name."""
+
+
 def write_plot(path: Path, curves: Sequence[Curve], title: str) -> None:
-    """Draw regret above the noise floor against cost, with 95 % bands; pure searches are grey."""
+    """Draw regret above the noise floor against cost; 95 % bands for what is not pure search."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    colours = {"map": "#0072b2", "map/no-probe": "#56b4e9", "map/prior": "#cc79a7", "gp-lattice": "#d55e00"}
-    colours["walk"] = "#009e73"
-    for number, curve in enumerate(sorted(curves, key=lambda c: c.name in colours)):
-        colour = colours.get(curve.name, str(0.45 + 0.4 * number / max(1, len(curves))))
-        width = 2.2 if curve.name in colours else 1.0
-        axes.plot(curve.cost, curve.mean / POINT, color=colour, lw=width)
-        axes.fill_between(curve.cost, curve.low / POINT, curve.high / POINT, color=colour, alpha=0.15, lw=0)
-        axes.annotate(
-            curve.name, (curve.cost[-1], curve.mean[-1] / POINT), (4, 0), textcoords="offset points", va="center",
-            color=colour, fontsize=8,
-        )  # fmt: skip
+    pure = sorted((c for c in curves if c.name not in _COLOURS), key=lambda c: (c.cost_to(TARGETS[-1]), c.mean[-1]))
+    best = dict(zip((each.name for each in pure), _PURE_COLOURS, strict=False))
+    for each in [*pure[::-1], *(c for c in curves if c.name in _COLOURS)]:
+        colour = {**best, **_COLOURS}.get(each.name, "#d8d8d8")
+        named = each.name if each.name in best or each.name in _COLOURS else None
+        width = 2.2 if each.name in _COLOURS else 1.3 if named else 0.8
+        axes.plot(each.cost, each.mean / POINT, color=colour, lw=width, label=named)
+        if each.name in _COLOURS:
+            axes.fill_between(each.cost, each.low / POINT, each.high / POINT, color=colour, alpha=0.1, lw=0)
+    axes.axhline(TARGETS[-1], color="#222222", lw=0.8, ls=":")
+    axes.annotate(f"{TARGETS[-1]} points", (axes.get_xlim()[1], TARGETS[-1]), (-4, 3), textcoords="offset points",
+                  ha="right", fontsize=8)  # fmt: skip
     axes.set(xlabel="cost, in trials of the dense model", ylabel="regret above the noise floor, points", title=title)
-    axes.set_yscale("symlog", linthresh=0.1)
-    axes.set_ylim(bottom=-0.05)
+    axes.set_yscale("symlog", linthresh=0.2, linscale=0.8)
+    axes.set_ylim(bottom=-0.2)
+    ticks = [-0.1, 0, 0.1, 0.2, 0.5, 1, 2, 5, 10]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
     figure.savefig(path, dpi=140)
 
 

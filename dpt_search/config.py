@@ -84,7 +84,7 @@ class RunConfig:
     trial_timeout: float = 0.0
     """Fail a trial that takes more seconds than this, looked at after every epoch; 0: no limit."""
     max_concurrent: int = 0
-    """Trials at a time; 0: what the cluster holds, at most a quarter of the feasible cells."""
+    """Trials at a time; 0: what the cluster holds, at most a tenth of the feasible cells, or two."""
     max_failures: int = 5
     """Stop the search after this many failed trials in a row."""
     cpus_per_trial: int = 1

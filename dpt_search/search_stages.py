@@ -116,12 +116,14 @@ def _trial_cost(run: Run, ranking: Ranking) -> Callable[[Cell], float]:
 
 
 def _concurrent(run: Run, space: RatioSpace) -> int:
-    """Return the number of trials at a time: more than a quarter of the feasible cells would be random search."""
+    """Return the number of trials at a time: more than a tenth of the feasible cells cost more and decide no sooner."""
     from dpt_search.remote import capacity
 
     feasible = {cell for budget in run.config.budgets for cell in budget.feasible(space)}
-    held = capacity(run.resources)
-    return run.config.max_concurrent or max(1, min(held, len(feasible) // 4))
+    held, useful = max(1, capacity(run.resources)), max(2, len(feasible) // 10)
+    if held > useful and not run.config.max_concurrent:
+        run.say(f"{useful} trials at a time, though {held} would fit: more decide no sooner (--max-concurrent)")
+    return run.config.max_concurrent or min(held, useful)
 
 
 def recommend_stage(run: Run) -> None:

@@ -72,7 +72,9 @@ class Judge:
             raise ValueError("a table needs at least two seeds: one is observed, the others judge")
         # Seeds that only some cells have, judge but are not observed first.
         self.seeds = int((np.isfinite(table.accuracies).mean(axis=0) > 0.5).sum())
-        self._table, self._index = table, {cell: i for i, cell in enumerate(table.cells)}
+        self._table = table
+        known = np.isfinite(table.accuracies).any(axis=1)
+        self._index = {cell: i for i, cell in enumerate(table.cells) if known[i]}
         self._random = np.random.default_rng([seed, 1])
         self.observed = seed % self.seeds
         others = np.delete(table.accuracies, self.observed, axis=1)
@@ -80,10 +82,18 @@ class Judge:
         self.noise = table_noise(table)
         self.probe = self._probe(probes, seed) if probes is not None else None
         self._drawn: dict[Cell, list[int]] = {}
-        self._lines = [np.array([self._index[c] for c in b.feasible(table.space) if c in self._index]) for b in budgets]
+        self._lines = [self._judged(budget) for budget in budgets]
         seen = table.accuracies[:, self.observed]
         seen = np.where(np.isfinite(seen), seen, np.nanmean(table.accuracies, axis=1))
         self.floor = np.array([self._lost(line, line[int(np.argmax(seen[line]))]) for line in self._lines])
+
+    def _judged(self, budget: Budget) -> np.ndarray:
+        """Return the cells of a budget's line whose worth the other seeds tell."""
+        known = (self._index[c] for c in budget.feasible(self._table.space) if c in self._index)
+        line = np.array([i for i in known if np.isfinite(self._truth[i])], dtype=np.int64)
+        if not len(line):
+            raise ValueError(f"the table has too few trials of {budget} to judge by")
+        return line
 
     def _probe(self, probes: ProbeSeeds, seed: int) -> Probe:
         dense = self._table.costs[self._index[Cell(0, 0)]]
@@ -113,7 +123,9 @@ class Judge:
         if cell not in self._index:
             near = self._near(cell)
             lost = self.noise * np.sqrt(1 - 1 / len(near))
-            seen = float(np.mean(self._table.accuracies[near, self.observed]))
+            values = self._table.accuracies[near]
+            own = values[:, self.observed]
+            seen = float(np.nanmean(np.where(np.isfinite(own), own, np.nanmean(values, axis=1))))
             return seen + float(lost * self._random.standard_normal())
         row = self._table.accuracies[self._index[cell]]
         drawn = self._drawn.setdefault(cell, [])
@@ -126,7 +138,9 @@ class Judge:
 
     def cost(self, cell: Cell) -> float:
         """Return a trial's cost, in trials of the dense model."""
-        return float(np.mean(self._table.costs[self._near(cell)]) / self._table.costs[self._index[Cell(0, 0)]])
+        costs = self._table.costs[self._near(cell)]
+        known = costs[np.isfinite(costs)] if np.isfinite(costs).any() else self._table.costs
+        return float(np.nanmean(known) / self._table.costs[self._index[Cell(0, 0)]])
 
     def _near(self, cell: Cell) -> list[int]:
         """Return the index of a cell, or of its neighbours where the table lacks it."""

@@ -193,10 +193,14 @@ _SHARES = ("label_smoothing", "drop_path", "ema", "distillation_alpha", "random_
 def identity(config: RunConfig) -> dict[str, Any]:
     """Return the fields that say what the run is about, by dotted name; the probe's too where trials start from it."""
     probe = config.start == "probe"
+    # What the shared weights are trained on.
+    lines = probe and (config.probe_draw == "line" or config.probe_sandwich)
     return {
         name: value
         for name, value in _flat(asdict(config)).items()
-        if not name.startswith(_GROWING) or (probe and name.startswith("probe_") and name != "probe_cells")
+        if not name.startswith(_GROWING)
+        or (probe and name.startswith("probe_") and name != "probe_cells")
+        or (lines and name == "budget")
     }
 
 

@@ -55,7 +55,7 @@ class MapSampler(BaseSampler):
             degree: total degree of the polynomial mean; 0 leaves a constant one.
             design: name in `DESIGNS` of what to try first.
             hints: asked before every proposal for the earlier surfaces there are by now, [cells] each, in units of
-                accuracy; there may come more, and those that came stay.
+                accuracy; there may come more.
 
         Raises:
             ValueError: a budget is larger than the space.
@@ -69,7 +69,7 @@ class MapSampler(BaseSampler):
         self._costs = np.array([cost(cell) for cell in self._cells])
         self._degree, self._hints = degree, hints
         self._blend = Blend(ratios(space), degree)
-        self._known = 0
+        self._known: list[Array] = []
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Both counts are proposed together."""
@@ -154,9 +154,10 @@ class MapSampler(BaseSampler):
         return int(np.argmax(others if others.max() > 0 else worth))
 
     def _take_hints(self) -> None:
-        hints = self._hints()
-        if len(hints) != self._known:
-            self._blend, self._known = Blend(ratios(self._space), self._degree, hints), len(hints)
+        hints = list(self._hints())
+        same = len(hints) == len(self._known) and all(map(np.array_equal, hints, self._known))
+        if not same:
+            self._blend, self._known = Blend(ratios(self._space), self._degree, hints), hints
 
     def _worth(self, beliefs: Posterior) -> Array:
         """Return the value of one trial of every cell per unit of cost."""
@@ -201,7 +202,8 @@ def hinted_design(space: RatioSpace, budgets: Sequence[Budget]) -> list[Cell]:
 def single_kind_walks(space: RatioSpace) -> list[Cell]:
     """Return the dense model and two thirds along each kind, one unit at a time."""
     attn, act = (max(1, round(2 * n / 3)) for n in (space.n_attn, space.n_act))
-    return [Cell(0, 0), *(Cell(a, 0) for a in range(1, attn + 1)), *(Cell(0, g) for g in range(1, act + 1))]
+    walks = [*(Cell(a, 0) for a in range(1, attn + 1)), *(Cell(0, g) for g in range(1, act + 1))]
+    return [Cell(0, 0), *(cell for cell in walks if cell in space)]
 
 
 def interleaved_walk(space: RatioSpace) -> list[Cell]:

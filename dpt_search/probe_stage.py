@@ -32,6 +32,15 @@ def probe(run: Run) -> None:
     run.stage("probe", _inputs(run, task), NAME, work)
 
 
+def is_missing(run: Run) -> bool:
+    """Say whether a search of this configuration has a probe that is still to be made."""
+    config = run.config
+    if not config.probe_epochs or (config.sampler != "map" and config.start != "probe"):
+        return False
+    weights = not run.start_weights or run.store.exists("probe/model.safetensors")
+    return not (weights and run.is_done("probe", _inputs(run, probe_task(run)), NAME))
+
+
 @dataclass
 class ProbeBeside:
     """A probe that runs, or not, while the search does.
@@ -60,11 +69,11 @@ class ProbeBeside:
             concurrent: trials at a time.
         """
         config = run.config
-        if not config.probe_epochs or config.sampler != "map":
+        if not is_missing(run):
             return cls(run)
         task = probe_task(run)
-        if run.is_done("probe", _inputs(run, task), NAME):
-            return cls(run)
+        # What an earlier probe found must not pass for this one's.
+        run.store.delete(NAME)
         _announce(run, task)
         pending = begin(config, "trainables.probe:run_probe", task, cpus=config.cpus_per_trial)
         beside = cls(run, task, pending, time.monotonic())
@@ -115,7 +124,7 @@ def _write(run: Run, task: ProbeTask, found: dict[str, Any]) -> None:
 
 
 def _inputs(run: Run, task: ProbeTask) -> list[Any]:
-    lines = task.lines if task.draw == "line" else ()
+    lines = task.lines if task.draw == "line" or task.sandwich else ()
     about = [asdict(task.recipe), asdict(task.ranking), task.cells, task.draw, task.sandwich]
     return [identity_of(run.config), *about, lines]
 

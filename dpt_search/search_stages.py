@@ -12,10 +12,10 @@ from typing import Any
 from optuna.samplers import BaseSampler
 
 from dpt_search.costs_table import read_costs
-from dpt_search.hints import hints_of
+from dpt_search.hints import hints_of, prior_surface
 from dpt_search.map_predictor import Array
 from dpt_search.observed import searched, surface_trials, unfinished
-from dpt_search.probe_stage import ProbeBeside
+from dpt_search.probe_stage import ProbeBeside, is_missing
 from dpt_search.progress import TrialLines
 from dpt_search.recommend import Observation, recommend
 from dpt_search.run import Run, check_budgets, digest_of, read_ranking
@@ -73,11 +73,18 @@ def search(run: Run) -> None:
         log.compact()
         check_any_finished(log)
 
-    inputs = [
+    if not run.stage("search", _search_inputs(run, log), "trials", work) and is_missing(run):
+        # It failed beside the search, or what it found was removed: the recommendation is the better for it.
+        run.start_ray()
+        ProbeBeside.started(run, 1)
+
+
+def _search_inputs(run: Run, log: TrialLog) -> list[Any]:
+    config = run.config
+    return [
         run.store.read_json("ranking.json"), config.sampler, str(config.budget), config.max_trials, config.max_hours,
         len(unfinished(log)), {k: v for k, v in asdict(config).items() if k.startswith("probe_")}, config.prior,
     ]  # fmt: skip
-    run.stage("search", inputs, "trials", work)
 
 
 def _ended(store: RunStore, lines: TrialLines, record: Finished) -> None:
@@ -128,13 +135,15 @@ def _concurrent(run: Run, space: RatioSpace) -> int:
 
 def recommend_stage(run: Run) -> None:
     """Decide, per budget, which cell is best by all that was observed."""
-    done = [asdict(each) for each in surface_trials(TrialLog(run.store), read_ranking(run))]
+    ranking = read_ranking(run)
+    done = [asdict(each) for each in surface_trials(TrialLog(run.store), ranking)]
 
     def work(_: str) -> None:
         run.store.write_json("recommendation.json", decide(run, run.config.budgets))
 
     inputs = [
-        digest_of(done), str(run.config.budget), run.store.read_json("ranking.json"), run.config.prior,
+        digest_of(done), str(run.config.budget), run.store.read_json("ranking.json"),
+        [prior_surface(location, ranking.space).tolist() for location in run.config.prior],
         *(_file_digest(run, name) for name in ("costs.parquet", "probe.parquet")),
     ]  # fmt: skip
     run.stage("recommend", inputs, "recommendation.json", work)

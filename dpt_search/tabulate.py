@@ -86,13 +86,11 @@ def close_jobs(space: RatioSpace, means: Mapping[Cell, float], points: float, se
     Args:
         space: the lattice.
         means: mean accuracy of each cell of the table.
-        points: how close, in points.
+        points: how close.
         seeds: of the further trials.
     """
     position = {cell: index for index, cell in enumerate(space)}
-    best: dict[int, float] = {}
-    for cell, mean in means.items():
-        best[cell.total] = max(mean, best.get(cell.total, 0.0))
+    best = {total: max(m for c, m in means.items() if c.total == total) for total in {c.total for c in means}}
     close = [cell for cell, mean in means.items() if mean >= best[cell.total] - 0.01 * points]
     return [Job(cell, seed, seed * len(space) + position[cell]) for seed in seeds for cell in close]
 
@@ -186,6 +184,8 @@ def _checked_ranking(run: Run) -> Ranking:
     for name, verb in (("dense/dense.json", "dense"), ("costs.parquet", "profile")):
         if not run.store.exists(name):
             raise BadRun(f"no {name} in {run.store.location!r} yet: run `dpt-search {verb}` on it first")
+    if run.start_weights and not run.store.exists("probe/model.safetensors"):
+        raise BadRun(f"no probe in {run.store.location!r} yet to start from: run `dpt-search probe` on it first")
     return read_ranking(run)
 
 

@@ -190,3 +190,15 @@ def test_one_budget_at_a_time_is_one_replay_a_budget():
 def test_the_surface_believed_in_is_judged_by_its_order_on_the_lines():
     assert run("map/no-probe", table=surface(noise=1e-5), max_trials=26).tau > 0.85
     assert np.isnan(run("grid/lines").tau)
+
+
+def test_trials_that_failed_leave_every_replay_a_number():
+    table = surface(3, even=True)
+    table.accuracies[table.cells.index(Cell(2, 2)), 1:] = np.nan
+    table.accuracies[table.cells.index(Cell(0, 4)), 0] = np.nan
+    table.accuracies[table.cells.index(Cell(3, 1))] = np.nan
+    table.costs[table.cells.index(Cell(3, 1))] = np.nan
+    for seed in range(3):
+        judge = Judge(table, BUDGETS, seed)
+        assert all(np.isfinite(judge.observe(cell)) and np.isfinite(judge.cost(cell)) for cell in SPACE)
+        assert np.isfinite(run("map/no-probe", table=table, seed=seed).regret).all()

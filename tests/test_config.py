@@ -245,3 +245,12 @@ def test_reading_a_configuration_creates_nothing(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     read("run", "--run-dir", "new")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_shared_weights_are_trained_on_may_not_change_under_trials_that_start_from_them() -> None:
+    drawn = replace(BASE, start="probe", probe_draw="line")
+    for now in (replace(drawn, budget="units=2"), replace(drawn, probe_lr=0.5)):
+        with pytest.raises(BadConfig):
+            check_same_run(asdict(drawn), now)
+    uniform = replace(BASE, start="probe")
+    check_same_run(asdict(uniform), replace(uniform, budget="units=2", probe_cells=7))

@@ -13,7 +13,7 @@ import pytest
 
 from dpt_search import probe_stage
 from dpt_search.config import BadConfig, RunConfig
-from dpt_search.probe_stage import ProbeBeside, probe, probe_task
+from dpt_search.probe_stage import ProbeBeside, is_missing, probe, probe_task
 from dpt_search.probe_table import read_probe
 from dpt_search.remote import StageFailed
 from dpt_search.run import Run, configured_run
@@ -166,6 +166,26 @@ def test_the_search_goes_on_without_a_probe_that_failed_unless_it_starts_from_it
     assert said[-1].endswith("the search goes on without it: Diverged: the loss became nan")
     with pytest.raises(StageFailed):
         ProbeBeside.started(ranked(tmp_path / "other", probe_epochs=3, start="probe"), 2)
+
+
+def test_trials_that_start_from_it_have_it_whatever_the_sampler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = Beside(monkeypatch)
+    ProbeBeside.started(ranked(tmp_path, probe_epochs=3, start="probe", sampler="tpe"), 2)
+    assert len(worker.tasks) == 1
+
+
+def test_an_earlier_probe_does_not_pass_for_one_that_is_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe_before, worker = ranked(tmp_path, probe_epochs=3), Beside(monkeypatch)
+    probe(probe_before)
+    assert not is_missing(probe_before)
+    other = ranked(tmp_path, probe_epochs=3, probe_lr=0.1)
+    assert is_missing(other)
+    assert ProbeBeside.started(other, 2).hints() == []
+    assert len(worker.tasks) == 2
 
 
 @pytest.mark.parametrize("changes", [{"probe_epochs": 0}, {"probe_epochs": 3, "sampler": "tpe"}])

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import optuna
 import pytest
 from optuna.trial import TrialState
@@ -194,3 +195,26 @@ class TestMapSampler:
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+
+
+def test_hints_that_change_are_taken_again():
+    hints = [np.zeros(len(SPACE))]
+    sampler = MapSampler(SPACE, SEVERAL, hints=lambda: hints)
+    done = [(i, accuracy(cell)) for i, cell in enumerate(SPACE) if i % 9 == 4]
+    sampler.next_cell(done, [])
+    before = sampler._blend
+    sampler.next_cell(done, [])
+    assert sampler._blend is before
+    hints[0] = np.array([accuracy(cell) for cell in SPACE])
+    sampler.next_cell(done, [])
+    assert sampler._blend is not before
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+@pytest.mark.parametrize("space", [RatioSpace(0, 6), RatioSpace(6, 0)])
+def test_a_kind_without_units_is_no_obstacle(design, space):
+    sampler, done = MapSampler(space, [Budget(2), Budget(4)], design=design), []
+    for _ in range(12):
+        cell = sampler.next_cell(done, [])
+        done.append((cell, 0.9 - 0.01 * cell))
+    assert len({cell for cell, _ in done}) > 1

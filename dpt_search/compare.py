@@ -143,10 +143,12 @@ class Judge:
         return float(np.nanmean(known) / self._table.costs[self._index[Cell(0, 0)]])
 
     def _near(self, cell: Cell) -> list[int]:
-        """Return the index of a cell, or of its neighbours where the table lacks it."""
+        """Return the index of a cell, or of those nearest to it where the table lacks it."""
         if cell in self._index:
             return [self._index[cell]]
-        return [i for c, i in self._index.items() if abs(c.n_attn - cell.n_attn) + abs(c.n_act - cell.n_act) == 1]
+        away = {i: abs(c.n_attn - cell.n_attn) + abs(c.n_act - cell.n_act) for c, i in self._index.items()}
+        nearest = min(away.values())
+        return [i for i, distance in away.items() if distance == nearest]
 
     def regret(self, chosen: Sequence[Cell]) -> Array:
         """Return what each budget's choice, or its nearest cell in the table, loses against the best one, [budgets]."""

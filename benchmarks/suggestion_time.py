@@ -158,13 +158,13 @@ def parts(found: Case, repeats: int) -> dict[str, float]:
     index = {cell: i for i, cell in enumerate(found.space)}
     data = Data.of(np.array([index[cell] for cell in found.cells]), np.array(found.accuracies))
     pending = np.array([index[cell] for cell in found.pending])
-    surface = sampler._surface
-    hyper = surface.fit(data)
-    beliefs = surface.posterior(data, hyper)
+    models = sampler._blend.models
+    learnt = [model.fit(data)[0] for model in models]
+    beliefs = sampler._blend.posterior(data)
     expected = beliefs.with_pending(pending)
     worked = {
-        "fit": lambda: surface.fit(data),
-        "posterior": lambda: surface.posterior(data, hyper),
+        "fit": lambda: [model.fit(data) for model in models],
+        "posterior": lambda: [model.posterior(data, hyper) for model, hyper in zip(models, learnt, strict=True)],
         "pending": lambda: beliefs.with_pending(pending),
         "knowledge gradient": lambda: sampler._worth(expected),
     }

@@ -38,13 +38,13 @@ def search(run: Run) -> None:
     distributions = search_space(config.sampler, ranking.space, config.budgets)
 
     def work(_: str) -> None:
+        if not unfinished(log) and len(searched(log)) >= config.max_trials:
+            _make_missing_probe(run)
+            check_any_finished(log)
+            return
         run.start_ray()
         concurrent = _concurrent(run, ranking.space)
         beside = ProbeBeside.started(run, concurrent)
-        if not unfinished(log) and len(searched(log)) >= config.max_trials:
-            beside.finish()
-            check_any_finished(log)
-            return
         lines = TrialLines(run.say, log, config.max_trials, concurrent)
         plan = SearchPlan(
             name=config.sampler,
@@ -73,8 +73,13 @@ def search(run: Run) -> None:
         log.compact()
         check_any_finished(log)
 
-    if not run.stage("search", _search_inputs(run, log), "trials", work) and is_missing(run):
-        # It failed beside the search, or what it found was removed: the recommendation is the better for it.
+    if not run.stage("search", _search_inputs(run, log), "trials", work):
+        _make_missing_probe(run)
+
+
+def _make_missing_probe(run: Run) -> None:
+    """Make a probe that failed beside the search, or whose finding was removed: the recommendation is better for it."""
+    if is_missing(run):
         run.start_ray()
         ProbeBeside.started(run, 1)
 

@@ -21,6 +21,7 @@ class Device:
         extension: module that must be imported before torch knows the device; empty for torch's own.
         backend: collective communication backend.
         autocast: dtype name for mixed precision; empty where full precision is used.
+        fused: whether torch's AdamW updates all parameters in one kernel there.
     """
 
     name: str
@@ -28,12 +29,13 @@ class Device:
     extension: str
     backend: str
     autocast: str
+    fused: bool
 
 
 DEVICES = {
-    "cpu": Device("cpu", "CPU", "", "gloo", ""),
-    "cuda": Device("cuda", "GPU", "", "nccl", "bfloat16"),
-    "npu": Device("npu", "NPU", "torch_npu", "hccl", "bfloat16"),
+    "cpu": Device("cpu", "CPU", "", "gloo", "", fused=True),
+    "cuda": Device("cuda", "GPU", "", "nccl", "bfloat16", fused=True),
+    "npu": Device("npu", "NPU", "torch_npu", "hccl", "bfloat16", fused=False),
 }
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from search_spaces.timm_compat import timm
 from trainables.data import ImageSet
-from trainables.devices import autocast, synchronise
+from trainables.devices import DEVICES, autocast, synchronise
 from trainables.settings import Recipe
 
 Module = nn.Module
@@ -96,7 +96,7 @@ class Training:
         self._wrapped, self._passes = wrap(self.model), passes
         lr = recipe.lr * recipe.batch_size / 512
         self._optimizer = timm.optim.create_optimizer_v2(
-            self.model, opt="adamw", lr=lr, weight_decay=recipe.weight_decay
+            self.model, opt="adamw", lr=lr, weight_decay=recipe.weight_decay, fused=DEVICES[device.type].fused
         )
         self._steps = math.ceil(len(images) / world) // (recipe.batch_size // world)
         self._scheduler = timm.scheduler.CosineLRScheduler(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -12,19 +12,21 @@ from typing import Any
 from optuna.samplers import BaseSampler
 
 from dpt_search.costs_table import read_costs
+from dpt_search.decisions import cell_costs, goals_of, measure, standing_of
 from dpt_search.hints import hints_of, prior_surface
 from dpt_search.map_predictor import Array
 from dpt_search.observed import searched, surface_trials, unfinished
 from dpt_search.probe_stage import ProbeBeside, is_missing
 from dpt_search.progress import TrialLines
 from dpt_search.recommend import Observation, recommend
-from dpt_search.run import Run, check_budgets, digest_of, read_ranking
-from dpt_search.samplers import cell_of, make_sampler, params_of, search_space
+from dpt_search.run import Run, digest_of, read_ranking
+from dpt_search.samplers import candidate_cells, cell_of, make_sampler, params_of, search_space
 from dpt_search.store import BadRun, Finished, RunStore, TrialLog
 from search_spaces.budgets import Budget
 from search_spaces.costs import UnitCosts
+from search_spaces.goals import Goal
 from search_spaces.plan import PruningPlan, Ranking
-from search_spaces.ratios import Cell, RatioSpace
+from search_spaces.ratios import Cell
 from trainables.tasks import TrialTask
 
 
@@ -35,7 +37,8 @@ def search(run: Run) -> None:
     config, ranking, log = run.config, read_ranking(run), TrialLog(run.store)
     for name in log.broken:
         run.say(f"warning: skipped an unreadable record of the trial log: {name}")
-    distributions = search_space(config.sampler, ranking.space, config.budgets)
+    # First of all: a budget out of reach ends here, before anything is trained.
+    budgets = goals_of(run)
 
     def work(_: str) -> None:
         if not unfinished(log) and len(searched(log)) >= config.max_trials:
@@ -43,15 +46,15 @@ def search(run: Run) -> None:
             check_any_finished(log)
             return
         run.start_ray()
-        concurrent = _concurrent(run, ranking.space)
+        concurrent = _concurrent(run, budgets)
         beside = ProbeBeside.started(run, concurrent)
         lines = TrialLines(run.say, log, config.max_trials, concurrent)
         plan = SearchPlan(
             name=config.sampler,
-            sampler=_sampler(run, ranking, beside.hints),
-            distributions=distributions,
-            cell_of=lambda params: cell_of(params, ranking.space, config.budgets),
-            params_of=lambda cell: params_of(cell, config.sampler, ranking.space, config.budgets),
+            sampler=_sampler(run, ranking, budgets, beside.hints),
+            distributions=search_space(config.sampler, ranking.space, budgets),
+            cell_of=lambda params: cell_of(params, budgets),
+            params_of=lambda cell: params_of(cell, config.sampler, ranking.space, budgets),
             ranking=ranking,
             seed=config.seed,
             max_trials=config.max_trials,
@@ -89,7 +92,13 @@ def _search_inputs(run: Run, log: TrialLog) -> list[Any]:
     return [
         run.store.read_json("ranking.json"), config.sampler, str(config.budget), config.max_trials, config.max_hours,
         len(unfinished(log)), {k: v for k, v in asdict(config).items() if k.startswith("probe_")}, config.prior,
+        *_limits(run),
     ]  # fmt: skip
+
+
+def _limits(run: Run) -> list[dict[str, int]]:
+    """Return the limits on kinds for a digest of inputs, which without any is what it was before there were limits."""
+    return [run.config.limits] if run.config.limits else []
 
 
 def _ended(store: RunStore, lines: TrialLines, record: Finished) -> None:
@@ -112,10 +121,10 @@ def check_any_finished(log: TrialLog) -> None:
         )
 
 
-def _sampler(run: Run, ranking: Ranking, hints: Callable[[], list[Array]]) -> BaseSampler:
+def _sampler(run: Run, ranking: Ranking, budgets: Sequence[Goal], hints: Callable[[], list[Array]]) -> BaseSampler:
     config = run.config
     return make_sampler(
-        config.sampler, ranking.space, config.budgets, seed=config.seed, cost=_trial_cost(run, ranking),
+        config.sampler, ranking.space, budgets, seed=config.seed, cost=_trial_cost(run, ranking),
         design=config.design, hints=hints,
     )  # fmt: skip
 
@@ -127,12 +136,11 @@ def _trial_cost(run: Run, ranking: Ranking) -> Callable[[Cell], float]:
     return lambda cell: costs.of(PruningPlan(attn=ranking.plan(cell).attn)).macs
 
 
-def _concurrent(run: Run, space: RatioSpace) -> int:
-    """Return the number of trials at a time: more than a tenth of the feasible cells cost more and decide no sooner."""
+def _concurrent(run: Run, budgets: Sequence[Goal]) -> int:
+    """Return the number of trials at a time: more than a tenth of the candidates cost more and decide no sooner."""
     from dpt_search.remote import capacity
 
-    feasible = {cell for budget in run.config.budgets for cell in budget.feasible(space)}
-    held, useful = max(1, capacity(run.resources)), max(2, len(feasible) // 10)
+    held, useful = max(1, capacity(run.resources)), max(2, len(candidate_cells(budgets)) // 10)
     if held > useful and not run.config.max_concurrent:
         run.say(f"{useful} trials at a time, though {held} would fit: more decide no sooner (--max-concurrent)")
     return run.config.max_concurrent or min(held, useful)
@@ -144,12 +152,17 @@ def recommend_stage(run: Run) -> None:
     done = [asdict(each) for each in surface_trials(TrialLog(run.store), ranking)]
 
     def work(_: str) -> None:
-        run.store.write_json("recommendation.json", decide(run, run.config.budgets))
+        found = decide(run, run.config.budgets)
+        # Until no recommended cell is too close to its limit: one that fails there makes room for the next.
+        while unsure := sorted({row["plan"] for row in found["budgets"] if not row.get("is_sure", True)}):
+            measure(run, [PruningPlan.parse(plan) for plan in unsure])
+            found = decide(run, run.config.budgets)
+        run.store.write_json("recommendation.json", found)
 
     inputs = [
         digest_of(done), str(run.config.budget), run.store.read_json("ranking.json"),
         [prior_surface(location, ranking.space).tolist() for location in run.config.prior],
-        *(_file_digest(run, name) for name in ("costs.parquet", "probe.parquet")),
+        *(_file_digest(run, name) for name in ("costs.parquet", "probe.parquet")), *_limits(run),
     ]  # fmt: skip
     run.stage("recommend", inputs, "recommendation.json", work)
 
@@ -159,20 +172,22 @@ def decide(run: Run, budgets: tuple[Budget, ...]) -> dict[str, Any]:
 
     Raises:
         BadRun: no trial has finished yet.
-        BadConfig: a budget is larger than the space.
+        BadConfig: a budget is out of reach.
     """
-    ranking, costs, observations = read_ranking(run), read_costs(run.store), observations_of(run)
-    check_budgets(budgets, ranking.space)
+    ranking, costs, observations = read_ranking(run), cell_costs(run.store), observations_of(run)
     hints = hints_of(run.store, ranking.space, run.config.prior)
-    surface, found = recommend(ranking.space, budgets, observations, hints)
+    surface, found = recommend(ranking.space, goals_of(run, budgets), observations, hints)
     rows = []
-    for each in found:
+    for budget, each in zip(budgets, found, strict=True):
         plan = ranking.plan(each.cell)
         rows.append(
             {
                 "budget": str(each.budget), "cell": [each.cell.n_attn, each.cell.n_act], "plan": str(plan),
                 "mean": each.mean, "sd": each.sd, "low": each.low, "high": each.high,
-                "probability_best": each.probability_best, "status": each.status, "speedup": speedups(costs, plan),
+                "probability_best": each.probability_best, "status": each.status,
+                "speedup": speedups(costs.costs, plan, costs.measured) if costs is not None else {},
+                "candidates": [[cell.n_attn, cell.n_act] for cell in each.budget.cells],
+                **(standing_of(run, budget, each.cell) or {}),
             }
         )  # fmt: skip
     return {"budgets": rows, "surface": surface, "observations": len(observations)}
@@ -194,9 +209,13 @@ def observations_of(run: Run) -> list[Observation]:
     return observations
 
 
-def speedups(costs: UnitCosts | None, plan: PruningPlan) -> dict[str, float]:
-    """Return a plan's predicted speedup by batch size; nothing where no costs were measured."""
-    return {str(batch): costs.speedup(plan, batch) for batch in costs.dense.seconds} if costs is not None else {}
+def speedups(
+    costs: UnitCosts, plan: PruningPlan, measured: Mapping[str, Mapping[int, float]] | None = None
+) -> dict[str, float]:
+    """Return a plan's speedup by batch size: as measured where it was built and timed, else as predicted."""
+    found = {batch: costs.speedup(plan, batch) for batch in costs.dense.seconds}
+    timed = (measured or {}).get(str(plan), {})
+    return {str(batch): timed.get(batch, predicted) for batch, predicted in found.items()}
 
 
 def chosen_row(run: Run) -> dict[str, Any]:

@@ -65,12 +65,12 @@ class WholeSquare:
 
     def ask(self) -> tuple[int, Cell] | None:
         trial = self._study.ask(self._space)
-        return trial.number, cell_of(trial.params, self._problem.space, self._problem.budgets)
+        return trial.number, cell_of(trial.params, self._problem.budgets)
 
     def tell(self, token: int, accuracy: float) -> None:
         params = self._study.get_trials(deepcopy=False)[token].params
         self._study.tell(token, accuracy)
-        self._observed.add(cell_of(params, self._problem.space, self._problem.budgets), accuracy)
+        self._observed.add(cell_of(params, self._problem.budgets), accuracy)
 
     def choose(self) -> list[Cell]:
         return self._observed.best_by_posterior() if self._decide == "posterior" else self._observed.nearest_best()
@@ -108,7 +108,7 @@ class Hinted(WholeSquare):
         if self._observed.cells or not self._hints:
             return super().choose()
         index = {cell: i for i, cell in enumerate(self._problem.space)}
-        lines = (budget.feasible(self._problem.space) for budget in self._problem.budgets)
+        lines = (budget.cells for budget in self._problem.budgets)
         return [max(line, key=lambda cell: self._hints[0][index[cell]]) for line in lines]
 
 
@@ -139,7 +139,7 @@ class Walk:
         if mean is None:
             return self._observed.best_by_observation()
         index = {cell: i for i, cell in enumerate(space)}
-        lines = (budget.feasible(space) for budget in self._problem.budgets)
+        lines = (budget.cells for budget in self._problem.budgets)
         return [max(line, key=lambda cell: mean[index[cell]]) for line in lines]
 
     def surface(self) -> Array | None:

@@ -12,7 +12,7 @@ from dpt_search.map_predictor import monomials
 from dpt_search.map_sampler import MapSampler, ratios
 from dpt_search.posterior import Data
 from dpt_search.surface_table import read_table
-from search_spaces.budgets import Budget
+from search_spaces.goals import unit_goals
 from search_spaces.ratios import RatioSpace
 
 SPACE = RatioSpace(12, 12)
@@ -90,7 +90,7 @@ def test_means_stay_near_the_observed_ones_on_shipped_tables(path):
 @pytest.mark.parametrize("seed", range(4))
 def test_the_search_is_exact_on_a_quadratic_without_noise(seed):
     space, truth = RatioSpace(6, 6), 0.9 - 0.2 * ((ratios(RatioSpace(6, 6)) - [0.1 * seed, 0.5]) ** 2).sum(axis=1)
-    budgets = [Budget(4), Budget(6), Budget(8)]
+    budgets = unit_goals(space, 4, 6, 8)
     sampler, done = MapSampler(space, budgets), []
     for _ in range(22):
         cell = sampler.next_cell(done, [])
@@ -99,7 +99,7 @@ def test_the_search_is_exact_on_a_quadratic_without_noise(seed):
     mean = Blend(ratios(space)).posterior(Data.of(cells, accuracies)).mean
     index = {cell: i for i, cell in enumerate(space)}
     for budget in budgets:
-        line = np.array([index[cell] for cell in budget.feasible(space)])
+        line = np.array([index[cell] for cell in budget.cells])
         assert truth[line[mean[line].argmax()]] == pytest.approx(truth[line].max())
 
 

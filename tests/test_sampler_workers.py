@@ -14,11 +14,11 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from dpt_search.map_sampler import MapSampler, initial_design
 from dpt_search.samplers import search_space
-from search_spaces.budgets import Budget
+from search_spaces.goals import unit_goals
 from search_spaces.ratios import Cell, RatioSpace
 
 SPACE = RatioSpace(6, 5)
-BUDGETS = [Budget(3), Budget(4), Budget(6)]
+BUDGETS = unit_goals(SPACE, 3, 4, 6)
 DESIGN = initial_design(SPACE, BUDGETS)
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)

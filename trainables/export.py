@@ -22,11 +22,11 @@ from trainables.data import ImageSet
 from trainables.dense import build_model, load_weights, read_weights
 from trainables.devices import describe
 from trainables.engine import evaluate
-from trainables.intervals import accuracy_interval, median_interval, paired_difference
+from trainables.intervals import accuracy_interval, paired_difference
 from trainables.locations import read_bytes, write_bytes
 from trainables.settings import ModelSettings
 from trainables.tasks import ExportTask
-from trainables.timing import count_macs, count_params, interleaved_seconds
+from trainables.timing import compared, count_macs, count_params, interleaved_seconds
 from trainables.workspace import Workspace, versions
 
 LARGEST_DIFFERENCE = 1e-4
@@ -143,16 +143,7 @@ def _logits_of_fresh_process(folder: str, pixels: np.ndarray) -> np.ndarray:
 
 
 def _timing(models: dict[str, torch.nn.Module], pixels: torch.Tensor, repeats: int) -> dict[str, float]:
-    seconds = interleaved_seconds([m.to(pixels.device).eval() for m in models.values()], pixels, repeats=repeats)
-    speedup, low, high = median_interval(list(seconds[:, 0] / seconds[:, 1]))
-    dense, merged = np.median(seconds, axis=0)
-    return {
-        "dense_seconds": float(dense),
-        "merged_seconds": float(merged),
-        "speedup": speedup,
-        "low": low,
-        "high": high,
-    }
+    return compared(interleaved_seconds([m.to(pixels.device).eval() for m in models.values()], pixels, repeats=repeats))
 
 
 def main(folder: str, given: str, made: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from search_spaces import family_of
 from search_spaces.plan import PruningPlan, Unit
 from trainables.devices import autocast, describe, synchronise
-from trainables.tasks import ProfileTask
+from trainables.intervals import median_interval
+from trainables.tasks import ProfileTask, TimingTask
 from trainables.workspace import Workspace
+
+FEWEST_REPEATS = 15
+"""Rounds by which a plan's speedup is judged, at least."""
 
 
 def count_macs(model: torch.nn.Module, input_size: tuple[int, int, int]) -> float:
@@ -90,6 +95,39 @@ def profile(task: ProfileTask) -> dict[str, Any]:
             for row in group:
                 row |= saved
     return {"device": describe(workspace.device), "rows": [whole, *rows]}
+
+
+def time_plans(task: TimingTask) -> dict[str, dict[str, dict[str, float]]]:
+    """Build the merged model of each plan and time it beside the dense one; weights do not matter for that.
+
+    Returns:
+        By plan and batch size the seconds of both, and the speedup with its 95 % interval.
+    """
+    workspace = Workspace(task)
+    dense, size = workspace.dense.to(workspace.device).eval(), workspace.view.input_size
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    share = replace(task, seconds=task.seconds / max(1, len(task.plans)))
+    for text in task.plans:
+        models = [dense, merged_without(dense, PruningPlan.parse(text).units).to(workspace.device)]
+        found[text] = {}
+        for batch in task.batches:
+            pixels = torch.randn(batch, *size, device=workspace.device)
+            repeats = max(FEWEST_REPEATS, _repeats(models, pixels, share))
+            found[text][str(batch)] = compared(interleaved_seconds(models, pixels, repeats=repeats))
+    return found
+
+
+def compared(seconds: np.ndarray) -> dict[str, float]:
+    """Return medians and the speedup with its 95 % interval, from seconds of dense and merged, shape (repeats, 2)."""
+    speedup, low, high = median_interval(list(seconds[:, 0] / seconds[:, 1]))
+    dense, merged = np.median(seconds, axis=0)
+    return {
+        "dense_seconds": float(dense),
+        "merged_seconds": float(merged),
+        "speedup": speedup,
+        "low": low,
+        "high": high,
+    }
 
 
 def _counts(dense: torch.nn.Module, unit: Unit, size: tuple[int, int, int], whole: dict[str, Any]) -> dict[str, Any]:

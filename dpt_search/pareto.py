@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,12 +58,15 @@ class Answer:
 
 
 def gain_of(costs: CellCosts, about: Budget, plan: PruningPlan) -> float:
-    """Return how many times less a plan takes of what a budget is about; as measured where it was built and timed."""
+    """Return how many times less a plan takes of what a budget is about; as measured where it was built and timed.
+
+    It is nan where its units seem to save everything.
+    """
     measured = costs.measured.get(str(plan), {}).get(about.batch)
     if measured is not None and about.quantity == "speedup":
         return measured
-    spent = about.of(costs.costs.of(plan))
-    return about.of(costs.costs.dense) / spent if spent > 0 else float("inf")
+    dense, cost = costs.costs.dense, costs.costs.of(plan)
+    return math.nan if math.isnan(about.reached(cost, dense)) else about.of(dense) / about.of(cost)
 
 
 def pareto(

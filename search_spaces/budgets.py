@@ -74,9 +74,14 @@ class Budget:
         return cost.macs if self.quantity == "macs" else cost.params
 
     def reached(self, cost: Cost, dense: Cost) -> float:
-        """Return what a plan of that cost reaches, in the unit of `value`."""
+        """Return what a plan of that cost reaches, in the unit of `value`.
+
+        It is nan where savings add up to all that the dense model takes: such a prediction tells nothing.
+        """
+        if self.of(cost) <= 1e-9 * self.of(dense):
+            return math.nan
         if self.quantity == "speedup":
-            return dense.seconds[self.batch] / cost.seconds[self.batch] if cost.seconds[self.batch] > 0 else math.inf
+            return dense.seconds[self.batch] / cost.seconds[self.batch]
         return self.of(cost) / self.of(dense) if self.value <= 1 else self.of(cost)
 
     def is_met_by(self, reached: float) -> bool:

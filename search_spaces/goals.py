@@ -1,5 +1,6 @@
 """Budgets against what cells cost: which cells meet one, and among which of them it has to be decided."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -36,7 +37,7 @@ class Standing:
     """How a cell stands to a budget, in the unit of the budget's value.
 
     Attributes:
-        predicted: what its plan reaches, from what its units save one by one.
+        predicted: what its plan reaches, from what its units save one by one; nan where they seem to save everything.
         measured: what its plan reached when it was built and timed; None where it was not.
         meets: whether it meets the budget: as measured, or else as predicted.
         is_sure: False for a cell that was not measured and whose predicted cost is within its spread of the limit.
@@ -86,7 +87,8 @@ class CellCosts:
         # Counts are exact, but for sums of floats.
         away, exact = budget.limit(dense) - budget.of(cost), 1e-9 * budget.of(dense)
         spread = self.costs.spread(plan, budget.batch) if budget.batch else 0.0
-        return Standing(predicted, None, away >= -exact, not spread or abs(away) > spread)
+        meets = away >= -exact and not math.isnan(predicted)
+        return Standing(predicted, None, meets, not spread or abs(away) > spread)
 
 
 def front(cells: Iterable[Cell]) -> tuple[Cell, ...]:
@@ -126,7 +128,8 @@ def _out_of_reach(budget: Budget, allowed: Sequence[Cell], costs: CellCosts | No
     if budget.quantity == "units" or costs is None:
         return f"budget {budget} is larger than the space: the model has {units}; ask for at most units={last.total}"
     stands = [costs.standing(budget, cell) for cell in allowed]
-    reached = [s.predicted if s.measured is None else s.measured for s in stands]
+    told = (s.predicted if s.measured is None else s.measured for s in stands)
+    reached = [value for value in told if not math.isnan(value)]
     # Rounded towards what can be had.
     if budget.quantity == "speedup":
         best, word = f"{int(max(reached) * 100) / 100:g}", "at most"

@@ -259,7 +259,10 @@ def test_an_impossible_budget_counts_what_was_measured():
         feasible(Budget(1.6, "speedup", 64), FOUR.space, everything)
 
 
-def test_a_plan_that_is_predicted_to_take_no_time_is_infinitely_fast():
-    costs = CellCosts(FOUR, UnitCosts(Cost(1, 1, {64: 1.0}), dict.fromkeys((Unit("attn", i) for i in range(4)),
-                      Cost(0.1, 0.1, {64: 0.3})), "abacus"))  # fmt: skip
-    assert costs.standing(Budget(9.0, "speedup", 64), Cell(4, 0)).predicted == math.inf
+def test_a_plan_whose_units_seem_to_save_everything_meets_nothing():
+    saved = dict.fromkeys((Unit("attn", i) for i in range(4)), Cost(0.1, 0.1, {64: 0.3}))
+    costs = CellCosts(FOUR, UnitCosts(Cost(1, 1, {64: 1.0}), saved, "abacus"))
+    assert math.isnan(costs.standing(Budget(1.5, "speedup", 64), Cell(4, 0)).predicted)
+    assert feasible(Budget(1.5, "speedup", 64), FOUR.space, costs) == [Cell(2, 0), Cell(3, 0)]
+    with pytest.raises(ValueError, match=r"at most speedup=\d+(\.\d+)?$"):
+        feasible(Budget(50.0, "speedup", 64), FOUR.space, costs)

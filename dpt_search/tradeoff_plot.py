@@ -52,14 +52,13 @@ def tradeoff(figure: Figure, told: Tradeoff) -> None:
         is_chosen = row["budget"] == told.chosen
         look = _LOOKS[row["status"]] | ({"markersize": 10, "zorder": 4} if is_chosen else {})
         _interval(axes, x, row["mean"], row, look, f"recommended, {row['status']}")
+        text, aside = row["budget"], (-5, -11)
         if is_chosen:
-            axes.plot(
-                [x], [100 * row["mean"]], "o", fillstyle="none", markersize=17, color="C0", markeredgewidth=1.6,
-                label="chosen", linestyle="none",
-            )  # fmt: skip
+            text, aside = f"chosen: {text}", (-11, -14)
+            axes.plot([x], [100 * row["mean"]], "o", fillstyle="none", markersize=17, color="C0", markeredgewidth=1.6)
         axes.annotate(
-            row["budget"], (x, 100 * row["mean"]), (-5, -11), textcoords="offset points", fontsize=8.5, color="C0",
-            ha="right", weight="bold" if is_chosen else "normal",
+            text, (x, 100 * row["mean"]), aside, textcoords="offset points", fontsize=8.5, color="C0", ha="right",
+            weight="bold" if is_chosen else "normal",
         )  # fmt: skip
     _marks(axes, told)
     _front(axes, told.front)

@@ -6,6 +6,7 @@ limit is therefore built and timed once it is to be recommended, and counts as m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,7 +74,8 @@ def standing_of(run: Run, budget: Budget, cell: Cell) -> dict[str, Any] | None:
     if budget.quantity == "units" or costs is None:
         return None
     stands = costs.standing(budget, cell)
-    return {"predicted": stands.predicted, "measured": stands.measured, "is_sure": stands.is_sure}
+    predicted = None if math.isnan(stands.predicted) else stands.predicted
+    return {"predicted": predicted, "measured": stands.measured, "is_sure": stands.is_sure}
 
 
 def measure(run: Run, plans: Sequence[PruningPlan]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from dpt_search.summary import text_table
 from search_spaces.budgets import Budget
-from search_spaces.costs import Cost
+from search_spaces.costs import Cost, UnitCosts
 from search_spaces.goals import CellCosts, front
 from search_spaces.plan import PruningPlan
 from search_spaces.ratios import Cell
@@ -128,16 +128,17 @@ def pareto_table(answers: Sequence[Answer], about: Budget, dense: Cost, accuracy
     return text_table(header, rows)
 
 
-def pareto_csv(answers: Sequence[Answer], dense: Cost) -> str:
+def pareto_csv(answers: Sequence[Answer], costs: UnitCosts) -> str:
     """Return the front as CSV: accuracies as fractions, predicted speedups by batch size, shares of the dense model."""
     stream = io.StringIO()
     written = csv.writer(stream, lineterminator="\n")
+    dense = costs.dense
     speedups = [f"speedup_{batch}" for batch in dense.seconds]
     names = ("gain", "n_attn", "n_act", "plan", "accuracy", "sd", "low", "high", "trials", "status")
     written.writerow([*names, *speedups, "macs_share", "params_share"])
     for each in answers:
         told = (each.gain, each.cell.n_attn, each.cell.n_act, each.plan, each.mean, each.sd, each.low, each.high)
-        faster = [seconds / each.cost.seconds[batch] for batch, seconds in dense.seconds.items()]
+        faster = [costs.speedup(PruningPlan.parse(each.plan), batch) for batch in dense.seconds]
         shares = (each.cost.macs / dense.macs, each.cost.params / dense.params)
         written.writerow([*told, each.trials, each.status, *faster, *shares])
     return stream.getvalue()

@@ -55,7 +55,7 @@ def answer_all(run: Run, against: str) -> Iterator[str]:
         [(gain_of(costs, about, each.plan), each.accuracy) for each in seen],
         checked,
     )
-    run.store.write(CSV, pareto_csv(front, dense).encode())
+    run.store.write(CSV, pareto_csv(front, costs.costs).encode())
     run.store.write(PLOT, png(partial(tradeoff, told=told), (9.0, 4.8), "light"))
     yield pareto_table(front, about, dense, checked["accuracy"] if checked else None)
     yield f"\ntable: {run.store.path(CSV)}\nplot: {run.store.path(PLOT)}"

@@ -212,10 +212,14 @@ def observations_of(run: Run) -> list[Observation]:
 def speedups(
     costs: UnitCosts, plan: PruningPlan, measured: Mapping[str, Mapping[int, float]] | None = None
 ) -> dict[str, float]:
-    """Return a plan's speedup by batch size: as measured where it was built and timed, else as predicted."""
+    """Return a plan's speedup by batch size: as measured where it was built and timed, else as predicted.
+
+    A batch size whose prediction tells nothing is left out.
+    """
     found = {batch: costs.speedup(plan, batch) for batch in costs.dense.seconds}
     timed = (measured or {}).get(str(plan), {})
-    return {str(batch): timed.get(batch, predicted) for batch, predicted in found.items()}
+    known = {str(batch): timed.get(batch, predicted) for batch, predicted in found.items()}
+    return {batch: speedup for batch, speedup in known.items() if not math.isnan(speedup)}
 
 
 def chosen_row(run: Run) -> dict[str, Any]:

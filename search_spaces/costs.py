@@ -1,5 +1,6 @@
 """What a plan saves: MACs, parameters and measured seconds, unit by unit."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -60,5 +61,9 @@ class UnitCosts:
         return sum(self.spreads.get(unit, {}).get(batch, 0.0) for unit in plan.units)
 
     def speedup(self, plan: PruningPlan, batch: int) -> float:
-        """Return predicted dense seconds over predicted pruned seconds at one batch size."""
-        return self.dense.seconds[batch] / self.of(plan).seconds[batch]
+        """Return predicted dense seconds over predicted pruned seconds at one batch size.
+
+        It is nan where savings add up to all that the dense model takes: such a prediction tells nothing.
+        """
+        dense, left = self.dense.seconds[batch], self.of(plan).seconds[batch]
+        return dense / left if left > 1e-9 * dense else math.nan

@@ -41,7 +41,7 @@ class Blend:
         self._prior = np.log(shares)
 
     def fit(self, data: Data) -> list[tuple[Hyperparameters, float]]:
-        """Return each model's hyperparameters and evidence; without hints they are alike, so one begins at the other's."""
+        """Return hyperparameters and evidence of each model; those without hints are alike and begin at the first's."""
         found = [self.models[0].fit(data)]
         for model in self.models[1:]:
             found.append(model.fit(data, None if model.hinted else found[0][0]))

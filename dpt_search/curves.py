@@ -23,7 +23,7 @@ class Curve:
         name: the strategy.
         cost: [m] common grid of cost, or of virtual time, in trials of the dense model.
         mean: [m] regret above the floor, averaged over budgets and replays; nan below the cost of a probe.
-        low: [m] lower end of its 95 % interval over replays: it holds for this table's trials, not for the next table's.
+        low: [m] lower end of its 95 % interval over replays of this table; another table's trials would add to it.
         high: [m] upper end.
         quartiles: [2, m] over replays.
         hit_rate: [m] share of decisions with no regret above the floor.

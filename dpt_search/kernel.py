@@ -1,6 +1,6 @@
 """The prior covariance of a surface, and what it depends on. Arrays in, arrays out.
 
-Every part is separable or has few features, so it is made of matrices over the levels of one kind: on a lattice of 25 x 25
+Every part is separable or has few features, so it is made of matrices over the levels of one kind: on 25 x 25 cells
 these have 25 x 25 entries where the covariance has 625 x 625.
 """
 
@@ -44,7 +44,7 @@ class Hyperparameters:
     noise: float = 0.004
 
     def cliff_variances(self) -> tuple[float, float]:
-        """Return half of the variance of each kind's cliff: that of the fall all along it, and of what changes on it."""
+        """Return half of the variance of each kind's cliff: the fall all along it has one half, what changes has one."""
         return (self.cliff_attn / 3) ** 2 / 2, (self.cliff_act / 3) ** 2 / 2
 
 

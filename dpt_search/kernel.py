@@ -44,7 +44,7 @@ class Hyperparameters:
     noise: float = 0.004
 
     def cliff_variances(self) -> tuple[float, float]:
-        """Return half of the variance of each kind's cliff: the fall all along it has one half, what changes has one."""
+        """Return half of the variance of each kind's cliff: one half is the same all along it."""
         return (self.cliff_attn / 3) ** 2 / 2, (self.cliff_act / 3) ** 2 / 2
 
 

@@ -178,6 +178,8 @@ def _tabulate(argv: list[str]) -> int:
     parser.add_argument("--close_seeds", type=int, default=0, help="Trials of cells close to the best of their line.")
     parser.add_argument("--close", type=float, default=0.5, help="How close that is, in points (default: 0.5).")
     parser.add_argument("--probes", type=int, default=0, help="Elastic probes to run instead, each with a seed.")
+    most = "Well-spread cells that each of these evaluates, at most; 0 for all of --cells."
+    parser.add_argument("--probe_cells", type=int, default=0, help=most)
     parser.add_argument("--shard", default="0/1", help="I/N: every N-th trial from the I-th on (default: 0/1).")
     given = parse(parser, argv)
     if given.seeds < 1:
@@ -189,7 +191,8 @@ def _tabulate(argv: list[str]) -> int:
     shard = parse_shard(given.shard)
     with configured_run(recorded_config(given.run), say) as run:
         if given.probes:
-            place = tabulate_probes(run, given.probes, wanted_cells(read_ranking(run).space, given.cells))
+            cells = wanted_cells(read_ranking(run).space, given.cells)
+            place = tabulate_probes(run, given.probes, cells[: given.probe_cells or None])
         else:
             request = Request(given.cells, given.seeds, given.close_seeds, given.close)
             place = tabulate(run, request, shard)

@@ -30,6 +30,8 @@ from trainables.locations import is_dir
 
 TARGETS = (0.25, 0.15)
 """Regret above the noise floor, in points, whose cost is told."""
+_STEP = 0.5
+"""Of the costs at which regret is told, in trials of the dense model."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def _curves(
         table, request.names, budgets, seeds=request.seeds, workers=workers, max_trials=request.max_trials,
         each=request.each, probes=read_probes(probes_of(location)), prior=_prior(request.prior, table.space),
     )  # fmt: skip
-    grid = np.arange(1.0, request.max_trials + 1.0)
+    grid = np.arange(_STEP, request.max_trials + _STEP, _STEP)
     # Many workers are done early: time is told in quarters.
     times = np.arange(0.25, request.max_trials + 0.25, 0.25)
     by_time = [mean_curve(name, traces, times, "time") for name, traces in found.items()]
@@ -152,28 +154,33 @@ def default_budgets(space: RatioSpace) -> list[Budget]:
 
 
 def comparison_table(curves: Sequence[Curve]) -> str:
-    """Return one line per strategy, the cheapest to the last target first; cost is in trials of the dense model."""
-    last = len(curves[0].cost) - 1
-    shown = sorted({min(step - 1, last) for step in (5, 10, 20, 40)})
+    """Return one line per strategy, the cheapest to the last target first; cost is in trials of the dense model.
+
+    The last columns but one are differences to the first strategy, taken seed by seed.
+    """
+    first, last = curves[0], len(curves[0].cost) - 1
+    shown = sorted({int(np.argmin(np.abs(first.cost - cost))) for cost in (5, 10, 20, 40)})
+    told = [i for i in shown if np.isfinite(first.mean[i])][:2] if len(curves) > 1 else []
     header = (
         "strategy",
         *(f"to {target} points" for target in TARGETS),
-        *(f"regret at {curves[0].cost[i]:.0f}" for i in shown),
-        f"best cell at {curves[0].cost[last]:.0f}",
+        *(f"regret at {first.cost[i]:g}" for i in shown),
+        *(f"behind {first.name} at {first.cost[i]:g}" for i in told),
+        f"best cell at {first.cost[last]:g}",
         "tau",
     )
     rows = []
     for curve in sorted(curves, key=lambda c: (c.cost_to(TARGETS[-1]), c.mean[last])):
         costs = (_cost(curve.cost_to(target)) for target in TARGETS)
-        regrets = (
-            f"{curve.mean[i] / POINT:.2f} ({curve.low[i] / POINT:.2f} to {curve.high[i] / POINT:.2f})"
-            if np.isfinite(curve.mean[i])
-            else "probing"
-            for i in shown
-        )
+        regrets = (_points(curve.mean[i], curve.low[i], curve.high[i]) for i in shown)
+        behind = ("" if curve is first else _points(*curve.behind(first, i)) for i in told)
         tau = f"{curve.tau:.2f}" if np.isfinite(curve.tau) else ""
-        rows.append((curve.name, *costs, *regrets, f"{curve.hit_rate[last]:.0%}", tau))
+        rows.append((curve.name, *costs, *regrets, *behind, f"{curve.hit_rate[last]:.0%}", tau))
     return text_table(header, rows)
+
+
+def _points(mean: float, low: float, high: float) -> str:
+    return f"{mean / POINT:.2f} ({low / POINT:.2f} to {high / POINT:.2f})" if np.isfinite(mean) else "probing"
 
 
 def _cost(cost: float) -> str:

@@ -29,6 +29,7 @@ class Curve:
         hit_rate: [m] share of decisions with no regret above the floor.
         floor: the noise floor, averaged likewise.
         tau: Kendall's tau on the budgets' lines at the end, averaged likewise; nan without a surface.
+        replays: [seeds, m] regret above the floor of every seed's replays, averaged over budgets.
     """
 
     name: str
@@ -40,6 +41,17 @@ class Curve:
     hit_rate: Array
     floor: float
     tau: float
+    replays: Array
+
+    def behind(self, other: Curve, at: int) -> tuple[float, float, float]:
+        """Return how much more regret than another strategy this one has at a grid point, and its 95 % interval.
+
+        Replays of one seed observe and judge by the same trials, so differences are taken seed by seed.
+        """
+        differences = self.replays[:, at] - other.replays[:, at]
+        error = float(_error(differences[:, None])[0])
+        mean = float(differences.mean())
+        return mean, mean - error, mean + error
 
     def cost_to(self, points: float) -> float:
         """Return the least cost from which the mean regret above the floor stays at or below `points`; inf if never."""
@@ -65,7 +77,7 @@ def mean_curve(name: str, groups: Sequence[Sequence[Trace]], grid: Array, axis: 
     taus = [trace.tau for trace in every if np.isfinite(trace.tau)]
     return Curve(
         name, grid, mean, mean - error, mean + error, np.quantile(rows, [0.25, 0.75], axis=0), np.mean(hits, axis=0),
-        float(np.mean([trace.floor.mean() for trace in every])), float(np.mean(taus)) if taus else float("nan"),
+        float(np.mean([trace.floor.mean() for trace in every])), float(np.mean(taus)) if taus else float("nan"), rows,
     )  # fmt: skip
 
 

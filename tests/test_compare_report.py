@@ -49,7 +49,9 @@ def test_prints_a_table_and_writes_curve_and_plot(table, tmp_path):
     with (out / "made.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert {row["strategy"] for row in rows} == {"map", "grid/lines"}
-    assert len(rows) == 16
+    assert len(rows) == 2 * 16
+    assert [float(row["cost"]) for row in rows[:3]] == [0.5, 1.0, 1.5]
+    assert "behind map at 5" in done.stdout
     assert (out / "made.png").read_bytes().startswith(b"\x89PNG")
 
 

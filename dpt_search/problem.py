@@ -73,6 +73,7 @@ class Observed:
         self._index = {cell: i for i, cell in enumerate(problem.space)}
         self._lines = [budget.feasible(problem.space) for budget in problem.budgets]
         self._blend = Blend(ratios(problem.space), degree)
+        self._hints: Sequence[Array] = ()
         self.cells: list[Cell] = []
         self.accuracies: list[float] = []
 
@@ -89,6 +90,7 @@ class Observed:
 
     def take_hints(self, hints: Sequence[Array]) -> None:
         """Let the posterior know earlier surfaces."""
+        self._hints = tuple(hints)
         self._blend = Blend(ratios(self._problem.space), self._degree, hints)
 
     def posterior_mean(self) -> Array | None:
@@ -99,8 +101,13 @@ class Observed:
         return self._blend.posterior(Data.of(indices, np.array(self.accuracies))).mean
 
     def best_by_posterior(self) -> list[Cell]:
-        """Return the feasible cell with the highest posterior mean for every budget; at first the middle."""
+        """Return the feasible cell with the highest posterior mean for every budget.
+
+        Before the first observation that is the highest of the first hint, or the middle where there is none.
+        """
         mean = self.posterior_mean()
+        if mean is None and self._hints:
+            mean = self._hints[0]
         if mean is None:
             return [line[len(line) // 2] for line in self._lines]
         return [max(line, key=lambda cell: mean[self._index[cell]]) for line in self._lines]

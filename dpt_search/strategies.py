@@ -104,13 +104,6 @@ class Hinted(WholeSquare):
         self._hints = [smooth(self._problem.space, self._cells, accuracies), *self._hints]
         self._observed.take_hints(self._hints)
 
-    def choose(self) -> list[Cell]:
-        if self._observed.cells or not self._hints:
-            return super().choose()
-        index = {cell: i for i, cell in enumerate(self._problem.space)}
-        lines = (budget.feasible(self._problem.space) for budget in self._problem.budgets)
-        return [max(line, key=lambda cell: self._hints[0][index[cell]]) for line in lines]
-
 
 class Walk:
     """The published procedure: single-kind and interleaved walks, one polynomial, its argmax; then nothing more."""

@@ -12,12 +12,9 @@ from search_spaces.plan import PruningPlan
 from trainables.checkpoints import load_state, save_state
 from trainables.devices import describe
 from trainables.engine import Training, evaluate
-from trainables.tasks import TrialTask
+from trainables.tasks import TRAINING_FORWARDS, TrialTask
 from trainables.timing import count_macs
 from trainables.workspace import Workspace, versions
-
-TRAINING_FORWARDS = 3
-"""MACs of a training step over those of a forward pass: forward, and twice as much backward."""
 
 
 class Trial:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from dpt_search.options import DESCRIPTIONS, parse, read_config, recorded_config, simple_parser
@@ -174,10 +174,12 @@ def _tabulate(argv: list[str]) -> int:
     parser = simple_parser("tabulate", "Run every cell with several seeds: a table of the real surface.")
     parser.add_argument("run", metavar="RUN", help="The run directory, with its dense model, profile and ranking done.")
     parser.add_argument("--cells", choices=["all", "even"], default="all", help="Even: an even number of units.")
-    parser.add_argument("--seeds", type=int, default=3, help="Trials per cell (default: 3).")
+    parser.add_argument("--seeds", type=int, default=3, help="Trials per cell, or of every walk (default: 3).")
     parser.add_argument("--close_seeds", type=int, default=0, help="Trials of cells close to the best of their line.")
     parser.add_argument("--close", type=float, default=0.5, help="How close that is, in points (default: 0.5).")
     parser.add_argument("--probes", type=int, default=0, help="Elastic probes to run instead, each with a seed.")
+    walks = "The published walks instead, --seeds times: each trial starts from the weights of the one before it."
+    parser.add_argument("--walks", action="store_true", help=walks)
     parser.add_argument("--shard", default="0/1", help="I/N: every N-th trial from the I-th on (default: 0/1).")
     given = parse(parser, argv)
     if given.seeds < 1:
@@ -185,10 +187,13 @@ def _tabulate(argv: list[str]) -> int:
     from dpt_search.probe_seeds import tabulate_probes
     from dpt_search.run import configured_run, read_ranking
     from dpt_search.tabulate import Request, parse_shard, tabulate, wanted_cells
+    from dpt_search.walks import tabulate_walks
 
     shard = parse_shard(given.shard)
     with configured_run(recorded_config(given.run), say) as run:
-        if given.probes:
+        if given.walks:
+            place = tabulate_walks(run, given.seeds)
+        elif given.probes:
             place = tabulate_probes(run, given.probes, wanted_cells(read_ranking(run).space, given.cells))
         else:
             request = Request(given.cells, given.seeds, given.close_seeds, given.close)
@@ -199,74 +204,11 @@ def _tabulate(argv: list[str]) -> int:
 
 
 def _compare(argv: list[str]) -> int:
-    about = "Replay searchers over tables of real surfaces, or run them on Ray (--live), at equal cost."
-    parser = simple_parser("compare", about)
-    parser.add_argument("tables", metavar="TABLE", nargs="*", help="Tables that `dpt-search tabulate` wrote.")
-    live = "Run directory with dense model, profile and ranking: search for real, with Ray, instead of replays."
-    parser.add_argument("--live", metavar="RUN", default="", help=live)
-    parser.add_argument("--samplers", default="", help="Separated by commas; empty: all, or map,tpe,grid with --live.")
-    budget = "Budgets decided at once; empty: units=4,6,... up to 5/6 of all, or the run's own with --live."
-    parser.add_argument("--budget", default="", help=budget)
-    workers = "Trials at a time (default: 1, or the run's own with --live); several, 1,2,4, are compared in replays."
-    parser.add_argument("--workers", default="", help=workers)
-    seeds = "Replays of every strategy (default: 30), or searches of every sampler with --live (default: 2)."
-    parser.add_argument("--seeds", type=int, default=None, help=seeds)
-    parser.add_argument("--max_trials", type=int, default=None, help="Trials of every replay (default: 60).")
-    parser.add_argument("--each", action="store_true", help="Replays decide one budget after another, each on its own.")
-    parser.add_argument("--prior", default="", help="Table of an earlier run, for the replayed strategy map/prior.")
-    cost = "With --live: cost of every search, its probe counted, in trials of the dense model (default: 20)."
-    parser.add_argument("--max_cost", type=float, default=None, help=cost)
-    judges = "With --live: trials that judge each chosen cell where the run has no table (default: 2)."
-    parser.add_argument("--judge_seeds", type=int, default=None, help=judges)
-    parser.add_argument("--probe_epochs", type=int, default=None, help="With --live: of the probe; 0 leaves it out.")
-    out = "Folder for a page, and CSV and plot of every table; empty: none, or RUN/live, which has the searches too."
-    parser.add_argument("--out", default="", help=out)
-    given = parse(parser, argv)
-    _check_kind(given)
-    names = [name.strip() for name in given.samplers.split(",") if name.strip()]
-    try:
-        workers = [int(number) for number in given.workers.split(",") if given.workers]
-    except ValueError:
-        raise BadInput(f"cannot read --workers {given.workers!r}: write 4, or several: 1,2,4") from None
-    for line in _live(given, names, workers) if given.live else _replayed(given, names, workers):
+    from dpt_search.compare_options import comparison
+
+    for line in comparison(argv, say):
         print(line, flush=True)
     return 0
-
-
-def _check_kind(given: Any) -> None:
-    """Refuse what a comparison of this kind would not look at."""
-    if bool(given.live) == bool(given.tables):
-        raise BadInput("name tables to replay searchers over, or a run with --live RUN to search with them: one of both")
-    # Left out is None, no flag, or empty text; a number is never left out.
-    left = (None, "")
-    replays = [name for name in ("max_trials", "prior") if getattr(given, name) not in left] + ["each"] * given.each
-    searches = [name for name in ("max_cost", "judge_seeds", "probe_epochs") if getattr(given, name) not in left]
-    for name in replays if given.live else searches:
-        flag, kind = name.replace("_", "-"), "replays" if given.live else "--live"
-        raise BadInput(f"--{flag} is for {kind} alone: leave it out")
-
-
-def _replayed(given: Any, names: list[str], workers: list[int]) -> Iterator[str]:
-    from dpt_search.compare_report import Request, run_comparison
-
-    seeds, most = 30 if given.seeds is None else given.seeds, 60 if given.max_trials is None else given.max_trials
-    told = (given.budget, workers or [1], seeds, most, given.each, given.prior, given.out)
-    yield from run_comparison(Request(given.tables, names, *told))
-
-
-def _live(given: Any, names: list[str], workers: list[int]) -> Iterator[str]:
-    if len(workers) > 1:
-        raise BadInput("--workers takes one number with --live")
-    config = recorded_config(given.live)
-    from dpt_search.live_report import Request, run_live
-    from dpt_search.run import configured_run
-
-    told = {name: getattr(given, name) for name in ("max_cost", "judge_seeds", "probe_epochs", "seeds")}
-    told = {name: value for name, value in told.items() if value is not None}
-    request = Request(names or ["map", "tpe", "grid"], given.budget, workers=sum(workers), out=given.out, **told)
-    request.check()
-    with configured_run(config, say) as run:
-        yield from run_live(run, request)
 
 
 def _doctor(argv: list[str]) -> int:

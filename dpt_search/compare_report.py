@@ -21,9 +21,10 @@ from dpt_search.map_predictor import Array
 from dpt_search.map_sampler import ratios
 from dpt_search.posterior import Data
 from dpt_search.probe_seeds import read_probes
-from dpt_search.strategies import STRATEGIES
+from dpt_search.strategies import INHERITED, STRATEGIES
 from dpt_search.summary import text_table
 from dpt_search.surface_table import SurfaceTable, read_table
+from dpt_search.walk_table import read_walks
 from search_spaces.budgets import Budget, parse_budgets
 from search_spaces.ratios import RatioSpace
 from trainables.locations import is_dir, read_bytes, write_bytes
@@ -122,9 +123,13 @@ def _curves(
     request: Request, location: str, table: SurfaceTable, budgets: Sequence[Budget], workers: int
 ) -> tuple[list[Curve], list[Curve]]:
     """Return every strategy's curve over cost, and over virtual time."""
+    walks = read_walks(beside(location, "walks"))
+    # Of all strategies that one needs what few tables have.
+    names = request.names or [name for name in STRATEGIES if walks or name != INHERITED]
     found = compare(
-        table, request.names or list(STRATEGIES), budgets, seeds=request.seeds, workers=workers, max_trials=request.max_trials,
-        each=request.each, probes=read_probes(probes_of(location)), prior=_prior(request.prior, table.space),
+        table, names, budgets, seeds=request.seeds, workers=workers, max_trials=request.max_trials,
+        each=request.each, probes=read_probes(beside(location, "probes")), prior=_prior(request.prior, table.space),
+        walks=walks,
     )  # fmt: skip
     grid = np.arange(1.0, request.max_trials + 1.0)
     # Many workers are done early: time is told in quarters.
@@ -133,12 +138,12 @@ def _curves(
     return [mean_curve(name, traces, grid) for name, traces in found.items()], by_time
 
 
-def probes_of(location: str) -> str:
-    """Return where a table's probes are: beside it, `probes.parquet` in a run, else `NAME.probes.parquet`."""
+def beside(location: str, what: str) -> str:
+    """Return where a table's `probes` or `walks` are: beside it, `WHAT.parquet` in a run, else `NAME.WHAT.parquet`."""
     if is_dir(location):
-        return f"{location.rstrip('/')}/probes.parquet"
+        return f"{location.rstrip('/')}/{what}.parquet"
     stem = location.removesuffix(".parquet")
-    return f"{stem.removesuffix('table')}probes.parquet" if stem.endswith("/table") else f"{stem}.probes.parquet"
+    return f"{stem.removesuffix('table')}{what}.parquet" if stem.endswith("/table") else f"{stem}.{what}.parquet"
 
 
 def _prior(location: str, space: RatioSpace) -> Array | None:

@@ -12,6 +12,7 @@ from dpt_search.config import RunConfig
 from dpt_search.map_predictor import Array
 from dpt_search.map_sampler import ratios
 from dpt_search.posterior import Data
+from dpt_search.walk_table import WalkTrial
 from search_spaces.budgets import Budget
 from search_spaces.ratios import Cell, RatioSpace, spread
 
@@ -49,6 +50,7 @@ class Problem:
         seed: of all randomness.
         probe: what an elastic probe would say, and cost; None where that is not known.
         prior: [cells], an earlier run's surface; None without one.
+        walks: the published walks as recorded; none where they are not known.
     """
 
     space: RatioSpace
@@ -57,6 +59,7 @@ class Problem:
     seed: int
     probe: Probe | None = None
     prior: Array | None = None
+    walks: Sequence[WalkTrial] = ()
 
 
 class Observed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 from search_spaces import BadInput
@@ -17,7 +18,7 @@ _unusable: list[str] = []
 """Errors of an accelerator, after which this process may not be able to use it."""
 
 
-def run_trial(task: TrialTask, number: int, plan: str, seed: int) -> dict[str, Any]:
+def run_trial(task: TrialTask, number: int, plan: str, seed: int, weights: str = "") -> dict[str, Any]:
     """Train all epochs of one trial.
 
     Args:
@@ -25,6 +26,7 @@ def run_trial(task: TrialTask, number: int, plan: str, seed: int) -> dict[str, A
         number: names the trial's state in `task.checkpoints`.
         plan: text form of what is removed.
         seed: of order, augmentation and drop-path.
+        weights: place or URI for what the trial came to; empty for none.
 
     Returns:
         The trial's record, with `images` by split, and `error`: empty, or in one line why the trial failed.
@@ -44,6 +46,8 @@ def run_trial(task: TrialTask, number: int, plan: str, seed: int) -> dict[str, A
         record = trial.step()
         while not trial.done:
             record = trial.step()
+        if weights:
+            trial.write_weights(weights)
     except BadInput:
         raise
     except (ValueError, ArithmeticError, RuntimeError) as error:
@@ -68,7 +72,8 @@ def image_counts(task: TrialTask) -> dict[str, int]:
 
 
 def _workspace(task: TrialTask) -> Workspace:
-    key = repr(task)
+    # Where a trial starts from and leaves its state is its own; the rest of the workspace is shared.
+    key = repr(replace(task, start="", checkpoints=""))
     if key not in _workspaces:
         _workspaces.clear()
         _workspaces[key] = Workspace(task, drop_path=task.recipe.drop_path)

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from optuna.distributions import IntDistribution
+from optuna.samplers import RandomSampler
 
 from dpt_search import table_records
 from dpt_search.allowance import Allowance, Prices
@@ -25,6 +27,7 @@ from dpt_search.remote import StageFailed
 from dpt_search.run import Run, configured_run, read_ranking
 from dpt_search.search_stages import decide
 from dpt_search.store import BadRun, Finished, Proposed, RunStore, TrialLog
+from dpt_search.tune_search import RecordedSearch, SearchPlan
 from search_spaces.budgets import Budget
 from search_spaces.costs import Cost, UnitCosts
 from search_spaces.plan import PruningPlan, Ranking, Unit
@@ -108,6 +111,27 @@ def test_trials_stop_at_the_cost_and_not_before(most: float, probe: float, cells
     ended = [replace(each, cost=made.trial(cell)) for each, cell in zip(ended, running, strict=True)]
     assert allowance.is_spent(ended, [])
     assert allowance.spent(ended) == pytest.approx(paid)
+
+
+def test_a_search_proposes_while_the_cost_allows_it(run: Run) -> None:
+    made = prices(run)
+    allowance = Allowance(3.5 * made.unit, made, lambda: made.unit)
+    space = {name: IntDistribution(0, 4) for name in ("n_attn", "n_act")}
+    plan = SearchPlan(
+        "random", RandomSampler(0), space, lambda params: Cell(params["n_attn"], params["n_act"]),
+        lambda cell: {"n_attn": cell.n_attn, "n_act": cell.n_act}, RANKING, 0, 99, 5, allowance=allowance,
+    )  # fmt: skip
+    log = TrialLog(run.store)
+    task = TrialTask(**run.task(), recipe=run.config.trial, checkpoints="")
+    search = RecordedSearch(plan, log, task, lambda _: None)
+    number = 0
+    while isinstance(search.suggest(str(number)), dict):
+        number += 1
+    cells = [PruningPlan.parse(log.proposed[n].plan).cell for n in sorted(log.proposed)]
+    assert len(cells) == number >= 2
+    # The running ones are counted as predicted, and the probe is.
+    assert made.unit + sum(map(made.trial, cells)) + made.cheapest > allowance.most
+    assert made.unit + sum(map(made.trial, cells[:-1])) + made.cheapest <= allowance.most
 
 
 class TestASearchOfItsOwn:

@@ -105,6 +105,7 @@ def run_live(run: Run, request: Request) -> Iterator[str]:
         for number in range(request.seeds)
         for name in request.names
     ]
+    _check_cost(searches, request.max_cost)
     for each in searches:
         each.go_on(request.max_cost)
     made = [(each, decided(each, budgets, request.max_cost)) for each in searches]
@@ -125,6 +126,15 @@ def run_live(run: Run, request: Request) -> Iterator[str]:
     shown = f"{comparison_table(curves)}\n\n{decision_table(made, budgets, request.max_cost)}"
     yield f"{title}\n\n{shown}\n"
     yield f"page: {_write(out, curves, title, shown, whole=table is not None)}"
+
+
+def _check_cost(searches: Sequence[Search], max_cost: float) -> None:
+    least = max(1 + each.upfront / each.prices.unit for each in searches)
+    if max_cost < least:
+        raise BadConfig(
+            f"--max-cost {max_cost:g} is less than the probe and one trial of the dense model cost ({least:.2f}): "
+            "allow more, or leave the probe out with --probe-epochs 0"
+        )
 
 
 def _budgets(request: Request, run: Run, ranking: Ranking) -> tuple[Budget, ...]:

@@ -1,5 +1,6 @@
 """Searches compared live: equal cost, the same way again, and what their decisions are worth."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -20,13 +21,15 @@ from dpt_search.allowance import Allowance, Prices
 from dpt_search.config import BadConfig, RunConfig
 from dpt_search.costs_table import read_costs, write_costs
 from dpt_search.live import SAMPLERS, Decisions, Search, decided, opened
-from dpt_search.live_report import Request, judged_by_trials, judged_cells, own_table
+from dpt_search.live_report import Request, judged_by_trials, judged_cells, own_table, run_live
 from dpt_search.probe_stage import probe_task
 from dpt_search.probe_table import write_probe
 from dpt_search.remote import StageFailed
-from dpt_search.run import Run, configured_run, read_ranking
+from dpt_search.run import Run, configured_run, digest_of, identity_of, read_ranking
 from dpt_search.search_stages import decide
 from dpt_search.store import BadRun, Finished, Proposed, RunStore, TrialLog
+from dpt_search.tabulate import Request as Table
+from dpt_search.tabulate import tabulate
 from dpt_search.tune_search import RecordedSearch, SearchPlan
 from search_spaces.budgets import Budget
 from search_spaces.costs import Cost, UnitCosts
@@ -230,7 +233,7 @@ def test_without_a_table_regret_is_against_the_best_judged_cell_of_the_budget() 
 
 
 class Workers:
-    """What stands for Ray: trials whose accuracy is their number of units; those of a plan fail."""
+    """What stands for Ray: trials whose accuracy grows with the units removed, attentions above all; one plan fails."""
 
     def __init__(self) -> None:
         self.done: list[tuple[str, int]] = []
@@ -239,7 +242,8 @@ class Workers:
     def __call__(self, wanted: object, target: str, jobs: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         for position, (_, _, plan, seed) in enumerate(jobs):
             self.done.append((plan, seed))
-            found = {"accuracies": [len(PruningPlan.parse(plan)) / 10], "cost": 1.0, "seconds": 1.0}
+            cell = PruningPlan.parse(plan).cell
+            found = {"accuracies": [cell.total / 10 + cell.n_attn / 100], "cost": 1.0, "seconds": 1.0}
             yield position, {"error": "Diverged"} if plan == self.failing else {**found, "error": ""}
 
 
@@ -253,7 +257,7 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> Workers:
 
 def test_judging_trials_are_fresh_shared_and_run_once(run: Run, workers: Workers) -> None:
     found = judged_cells(run, RANKING, [Cell(0, 2), Cell(1, 3)], 2)
-    assert found == {Cell(0, 2): [0.2, 0.2], Cell(1, 3): [0.4, 0.4]}
+    assert found == {Cell(0, 2): pytest.approx([0.2, 0.2]), Cell(1, 3): pytest.approx([0.41, 0.41])}
     assert len(workers.done) == len({seed for _, seed in workers.done}) == 4
     judged_cells(run, RANKING, [Cell(0, 2)], 2)
     assert len(workers.done) == 4
@@ -272,9 +276,6 @@ def test_a_cell_that_nothing_could_judge_ends_it(run: Run, workers: Workers) -> 
 
 
 def test_a_table_of_another_ranking_or_of_one_seed_does_not_judge(run: Run, workers: Workers) -> None:
-    from dpt_search.tabulate import Request as Table
-    from dpt_search.tabulate import tabulate
-
     assert own_table(run, RANKING) is None
     tabulate(run, Table("all", 1), (0, 1))
     assert own_table(run, RANKING) is None
@@ -283,6 +284,48 @@ def test_a_table_of_another_ranking_or_of_one_seed_does_not_judge(run: Run, work
     assert table is not None
     assert table.accuracies.shape == (25, 2)
     assert own_table(run, Ranking((0, 1, 2, 3), RANKING.act)) is None
+
+
+@pytest.fixture
+def counted(run: Run) -> Run:
+    """A run whose images were counted for a comparison."""
+    told = {"inputs": digest_of(identity_of(run.config)), "images": IMAGES}
+    run.store.write_json("live/images.json", told)
+    return run
+
+
+def test_a_cost_that_the_probe_takes_up_is_refused(counted: Run) -> None:
+    with pytest.raises(BadConfig, match=r"--max-cost 1.5 is less than the probe and one trial of the dense model cost"):
+        list(run_live(counted, Request(["map"], max_cost=1.5)))
+
+
+def test_a_table_judges_every_decision_on_the_way(counted: Run, workers: Workers) -> None:
+    tabulate(counted, Table("all", 3), (0, 1))
+    before = len(workers.done)
+    request = Request(["map/no-probe", "tpe"], max_cost=4.0)
+    for name in request.names:
+        for number in range(2):
+            each = begun(counted, name, number, **request.told(counted))
+            for time, cell in enumerate([Cell(1, 1), Cell(0, 2), Cell(1, 3), Cell(4, 0)]):
+                add_trial(TrialLog(each.run.store), cell, 0.9 - cell.n_attn / 9, float(time), each.prices.unit)
+    title, page = list(run_live(counted, request))
+    assert "judged by the table's 3 seeds; noise floor 0.00 points" in title
+    assert "units=2, units=4" in title
+    assert len(workers.done) == before
+    out = Path(counted.config.run_dir, "live")
+    assert page == f"page: {out}/compare.html"
+    shown = (out / "compare.html").read_text()
+    assert "the mean of all seeds but one in turn" in shown
+    assert "data:image/png" in shown
+    with (out / "live.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(row["strategy"], float(row["cost"])) for row in rows] == [
+        (name, cost) for name in request.names for cost in (1, 2, 3, 4)
+    ]
+    chosen = decided(begun(counted, "tpe", 1, **request.told(counted)), BUDGETS, 4.0).chosen
+    expected = [(2 - two.n_attn + 4 - four.n_attn) / 200 for two, four in chosen]
+    np.testing.assert_allclose([float(row["mean"]) for row in rows if row["strategy"] == "tpe"], expected)
+    assert expected[-1] > 0.02
 
 
 @pytest.mark.parametrize(

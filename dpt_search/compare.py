@@ -20,6 +20,7 @@ from dpt_search.probe_seeds import ProbeSeeds
 from dpt_search.problem import Probe, Problem
 from dpt_search.strategies import STRATEGIES
 from dpt_search.surface_table import SurfaceTable
+from dpt_search.walk_table import WalkTrial
 from search_spaces.budgets import Budget
 from search_spaces.ratios import Cell
 
@@ -192,6 +193,7 @@ def replay(
     max_trials: int,
     probes: ProbeSeeds | None = None,
     prior: Array | None = None,
+    walks: Sequence[Sequence[WalkTrial]] = (),
 ) -> Trace:
     """Run a strategy against a table.
 
@@ -206,9 +208,11 @@ def replay(
         max_trials: number of trials.
         probes: what the probe says.
         prior: [cells], an earlier run's surface, for the strategies that take one.
+        walks: the published walks as recorded, by seed; replays take one in turn.
     """
     judge = Judge(table, budgets, seed, probes)
-    strategy = STRATEGIES[name](Problem(table.space, budgets, judge.cost, seed, judge.probe, prior))
+    walked = walks[seed % len(walks)] if walks else ()
+    strategy = STRATEGIES[name](Problem(table.space, budgets, judge.cost, seed, judge.probe, prior, walked))
     running: list[tuple[float, int, Cell]] = []
     costs, times, regrets = [], [], []
     asked, spent, now = 0, strategy.upfront, 0.0
@@ -247,6 +251,7 @@ def compare(
     each: bool = False,
     probes: ProbeSeeds | None = None,
     prior: Array | None = None,
+    walks: Sequence[Sequence[WalkTrial]] = (),
 ) -> dict[str, list[list[Trace]]]:
     """Replay every strategy with every seed.
 
@@ -260,12 +265,13 @@ def compare(
         each: solve one budget after another, each on its own; else all together.
         probes: what the probe says.
         prior: [cells], an earlier run's surface.
+        walks: the published walks as recorded, by seed.
 
     Returns:
         By strategy, by seed, the replays of all budgets.
     """
     problems = [[budget] for budget in budgets] if each else [list(budgets)]
-    told = {"workers": workers, "max_trials": max_trials, "probes": probes, "prior": prior}
+    told = {"workers": workers, "max_trials": max_trials, "probes": probes, "prior": prior, "walks": walks}
     return {
         name: [
             [replay(table, name, problem, seed=seed, **told) for problem in problems]  # type: ignore[arg-type]

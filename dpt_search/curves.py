@@ -23,7 +23,8 @@ class Curve:
         name: the strategy.
         cost: [m] common grid of cost, or of virtual time, in trials of the dense model.
         mean: [m] regret above the floor, averaged over budgets and replays; nan below the cost of a probe.
-        low: [m] lower end of its 95 % interval over replays of this table; another table's trials would add to it.
+        low: [m] lower end of its 95 % interval over replays of this table; another table's trials would add to it. nan
+            for a single replay.
         high: [m] upper end.
         quartiles: [2, m] over replays.
         hit_rate: [m] share of decisions with no regret above the floor.
@@ -82,10 +83,10 @@ def mean_curve(name: str, groups: Sequence[Sequence[Trace]], grid: Array, axis: 
 
 
 def _error(rows: Array) -> Array:
-    """Return half the width of the mean's 95 % interval, [m]."""
+    """Return half the width of the mean's 95 % interval, [m]; nan where a single seed tells nothing of it."""
     count = len(rows)
     if count < 2:
-        return np.zeros(rows.shape[1])
+        return np.full(rows.shape[1], np.nan)
     return float(student_t.ppf(0.975, count - 1)) * rows.std(axis=0, ddof=1) / np.sqrt(count)
 
 

@@ -9,6 +9,8 @@ from dpt_search.map_sampler import published_walks
 from dpt_search.probe_seeds import ProbeSeeds
 from dpt_search.strategies import STRATEGIES
 from dpt_search.surface_table import SurfaceTable
+from dpt_search.walk_table import WalkTrial
+from dpt_search.walks import walks_of
 from search_spaces.budgets import Budget
 from search_spaces.ratios import Cell, RatioSpace
 
@@ -30,11 +32,25 @@ def surface(seeds: int = 4, *, even: bool = False, noise: float = NOISE) -> Surf
     return SurfaceTable(SPACE, cells, accuracies, costs, {})
 
 
+def recorded(seed: int) -> list[WalkTrial]:
+    """The published walks with inheritance, which does a little good."""
+    walks, generator = walks_of(SPACE, 1), np.random.default_rng([seed, 1])
+    return [
+        WalkTrial(
+            step.name, walk[step.step - 1].name if step.step else None, step.cell,
+            truth(step.cell) + 0.001 * step.step + NOISE * generator.standard_normal(), 1.0,
+        )
+        for walk in walks
+        for step in walk
+    ]  # fmt: skip
+
+
 TABLE = surface()
+WALKS = [recorded(0), recorded(1)]
 
 
 def run(name: str, **changes):
-    settings = {"seed": 0, "workers": 1, "max_trials": 12} | changes
+    settings = {"seed": 0, "workers": 1, "max_trials": 12, "walks": WALKS} | changes
     return replay(changes.pop("table", TABLE), name, BUDGETS, **{k: v for k, v in settings.items() if k != "table"})
 
 

@@ -6,6 +6,9 @@ from search_spaces.plan import Ranking
 from search_spaces.ratios import Cell
 from trainables.settings import DataSettings, ModelSettings, Recipe
 
+TRAINING_FORWARDS = 3
+"""MACs of a training step over those of a forward pass: forward, and twice as much backward."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -82,6 +85,7 @@ class ProbeTask(Task):
         sandwich: train every batch as the dense model and as a cell of the most units too.
         folder: place or URI for the state after the newest epoch, and for the shared weights.
         images: most images of the split `probe` to evaluate on.
+        reseed: added to the seed of order and draws; the images stay those of `seed`.
     """
 
     recipe: Recipe
@@ -92,6 +96,12 @@ class ProbeTask(Task):
     sandwich: bool
     folder: str
     images: int = 1000
+    reseed: int = 0
+
+    @property
+    def passes(self) -> int:
+        """Passes over a batch: under the sandwich rule the dense model, a cell of the most units and a random cell."""
+        return 3 if self.sandwich else 1
 
     @property
     def state(self) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dpt_search.config import BadConfig, RunConfig, check, check_same_run, identity
-from dpt_search.options import read_config
+from dpt_search.options import DESCRIPTIONS, read_config
 from dpt_search.run import identity_of
 from dpt_search.store import RunStore
 from trainables.settings import DataSettings, ModelSettings, Recipe
@@ -19,7 +19,8 @@ MAY_GROW = {
     "run_dir", "budget", "finetune_budget", "max_trials", "max_hours", "trial_timeout", "max_concurrent",
     "max_failures", "cpus_per_trial", "devices_per_trial", "finetune_workers", "data.cache_dir", "data.workers",
     "data.root", "timing_batches", "timing_seconds", "sampler", "design", "probe_epochs", "probe_lr", "probe_draw",
-    "probe_sandwich", "probe_cells", "refine", "prior", "baseline", "export_formats", *(f"finetune.{f.name}" for f in fields(Recipe)),
+    "probe_sandwich", "probe_cells", "refine", "prior", "baseline", "export_formats",
+    *(f"finetune.{f.name}" for f in fields(Recipe)),
 }  # fmt: skip
 AT_LEAST = {
     "max_trials": 1, "max_failures": 1, "cpus_per_trial": 1, "devices_per_trial": 0.01, "finetune_workers": 1,
@@ -226,19 +227,7 @@ def test_a_run_directorys_own_configuration_is_what_flags_go_over(tmp_path: Path
     again = replace(mine, run_dir=store.location)
     assert read("run", "--run-dir", store.location) == again
     assert read("run", f"--run-dir={store.location}", "--max-trials=20") == replace(again, max_trials=20)
-    for verb in (
-        "dense",
-        "profile",
-        "rank",
-        "probe",
-        "search",
-        "recommend",
-        "refine",
-        "finetune",
-        "baseline",
-        "export",
-        "report",
-    ):
+    for verb in (name for name in DESCRIPTIONS if name != "run"):
         assert read(verb, store.location) == again
     check_same_run(recorded(mine), again)
 

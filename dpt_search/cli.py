@@ -16,6 +16,7 @@ HELP = """usage: dpt-search VERB [options]
 Make a Vision Transformer faster by removing whole layers, and search on Ray for which ones.
 
   run        everything: from a dense model to a faster one and a report
+  bench      time models and exports side by side
   compare    set searchers against each other: replayed over tables of real surfaces, or run on Ray
   resolve    answer another budget from the trials already paid for, with no training
   robustness how often noise of the trials would have changed the decisions, and what that costs
@@ -46,6 +47,7 @@ def main(argv: list[str]) -> int:
         "robustness": _robustness,
         "tabulate": _tabulate,
         "compare": _compare,
+        "bench": _bench,
         "doctor": _doctor,
         **{verb: _stage(verb) for verb in DESCRIPTIONS if verb != "run"},
         "report": _report,
@@ -211,6 +213,26 @@ def _compare(argv: list[str]) -> int:
 
     for line in comparison(argv, say):
         print(line, flush=True)
+    return 0
+
+
+def _bench(argv: list[str]) -> int:
+    parser = simple_parser("bench", "Time models and exports side by side, interleaved. Speed only, no accuracy.")
+    what = "A run directory (its export), an export/ folder, a .pt2 or .onnx file, dense:RUN or timm:NAME."
+    parser.add_argument("models", metavar="MODEL", nargs="+", help=what)
+    parser.add_argument("--batch", default="1,64", help="Batch sizes (default: 1,64).")
+    parser.add_argument("--device", choices=["cpu", "cuda", "npu"], default="cpu", help="Where (default: cpu).")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1).")
+    parser.add_argument("--seconds", type=float, default=10.0, help="Time for each batch size (default: 10).")
+    parser.add_argument("--compiled", action="store_true", help="Compile the models first; ONNX stays as it is.")
+    given = parse(parser, argv)
+    from dpt_search.bench import Request, measure
+
+    try:
+        batches = tuple(int(size) for size in given.batch.split(","))
+    except ValueError:
+        raise BadInput(f"cannot read --batch {given.batch!r}: write 64, or several: 1,64") from None
+    print(measure(Request(given.models, batches, given.device, given.threads, given.seconds, given.compiled), say))
     return 0
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from search_spaces import BadInput
 from search_spaces.budgets import Budget, parse_budgets
 from trainables.settings import DataSettings, ModelSettings, Recipe
+from trainables.tasks import FORMATS
 
 SAMPLER_NAMES = ("map", "tpe", "gp", "cmaes", "qmc", "random", "grid")
 
@@ -97,6 +98,10 @@ class RunConfig:
     """The long fine-tune of the winner."""
     finetune_workers: int = 1
     """Workers of the long fine-tune; they share every batch."""
+    baseline: bool = False
+    """Give the dense model the long fine-tune too, at its cost: what is lost against that is lost by pruning alone."""
+    export_formats: str = ",".join(FORMATS)
+    """What the merged model is written as: pt2 (torch.export) and onnx load without this package."""
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
@@ -108,12 +113,18 @@ class RunConfig:
         """The budget whose recommendation is fine-tuned."""
         return parse_budgets(self.finetune_budget)[0] if self.finetune_budget else self.budgets[-1]
 
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The export formats asked for, in the order of `FORMATS`, and those that there are not."""
+        asked = [name.strip() for name in self.export_formats.split(",")]
+        return (*(name for name in FORMATS if name in asked), *(name for name in asked if name not in FORMATS))
+
 
 _GROWING = (
     "run_dir", "budget", "finetune_budget", "max_trials", "max_hours", "trial_timeout", "max_concurrent",
     "max_failures", "cpus_per_trial", "devices_per_trial", "finetune.", "finetune_workers", "data.cache_dir",
     "data.workers", "data.root", "timing_batches", "timing_seconds", "sampler", "design", "probe_",
-    "refine", "prior",
+    "refine", "prior", "baseline", "export_formats",
 )  # fmt: skip
 """Fields, or groups of them, that a later start may change."""
 
@@ -143,6 +154,11 @@ def check(config: RunConfig) -> None:
         raise BadConfig("start is 'probe', but probe_epochs is 0: there would be no weights to start from")
     if config.model.new_head and not config.adapt.epochs:
         raise BadConfig("model.new_head starts an untrained classifier: train it first with --adapt-epochs")
+    if "safetensors" not in config.formats or not set(config.formats) <= set(FORMATS):
+        raise BadConfig(
+            f"export_formats is {config.export_formats!r}: name safetensors, which is always written, and "
+            f"any of {', '.join(FORMATS)}, separated by commas"
+        )
     _check_recipes(config)
 
 

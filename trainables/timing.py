@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,6 @@ def count_params(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-@torch.inference_mode()
 def interleaved_seconds(
     models: Sequence[torch.nn.Module], pixels: torch.Tensor, *, repeats: int, amp: bool = True
 ) -> np.ndarray:
@@ -46,14 +46,23 @@ def interleaved_seconds(
     Returns:
         Seconds, shape (repeats, models).
     """
-    seconds = np.empty((repeats + 2, len(models)))
-    with autocast(pixels.device, amp):
+    calls = [partial(model, pixels) for model in models]
+    return interleaved_calls(calls, pixels.device, repeats=repeats, amp=amp)
+
+
+@torch.inference_mode()
+def interleaved_calls(
+    calls: Sequence[Callable[[], object]], device: torch.device, *, repeats: int, amp: bool = True
+) -> np.ndarray:
+    """Time each call in turn, again and again; see `interleaved_seconds`. Returns seconds, shape (repeats, calls)."""
+    seconds = np.empty((repeats + 2, len(calls)))
+    with autocast(device, amp):
         for row in seconds:
-            for column, model in enumerate(models):
-                synchronise(pixels.device)
+            for column, call in enumerate(calls):
+                synchronise(device)
                 start = time.perf_counter()
-                model(pixels)
-                synchronise(pixels.device)
+                call()
+                synchronise(device)
                 row[column] = time.perf_counter() - start
     return seconds[2:]
 

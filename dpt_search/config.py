@@ -60,7 +60,7 @@ class RunConfig:
     """Time the profile takes for its measurements."""
     sampler: Literal["map", "tpe", "gp", "cmaes", "qmc", "random", "grid"] = "map"
     """Who proposes trials: map is this product's own, the others are Optuna's."""
-    probe_epochs: int = 6
+    probe_epochs: int = 2
     """Epochs of the elastic probe, which gives every cell a cheap accuracy beside the first trials; 0 leaves it out."""
     probe_lr: float = 0.0
     """Peak learning rate of the probe at batch size 512; 0: that of a trial."""

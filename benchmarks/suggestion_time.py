@@ -160,13 +160,15 @@ def parts(found: Case, repeats: int) -> dict[str, float]:
     pending = np.array([index[cell] for cell in found.pending])
     models = sampler._blend.models
     learnt = [model.fit(data)[0] for model in models]
-    beliefs = sampler._blend.posterior(data)
-    expected = beliefs.with_pending(pending)
+    asked = np.union1d(sampler._feasible, pending)
+    running = np.searchsorted(asked, pending)
+    beliefs = sampler._blend.posterior(data, asked)
+    expected = beliefs.with_pending(running)
     worked = {
-        "fit": lambda: [model.fit(data) for model in models],
-        "posterior": lambda: [model.posterior(data, hyper) for model, hyper in zip(models, learnt, strict=True)],
-        "pending": lambda: beliefs.with_pending(pending),
-        "knowledge gradient": lambda: sampler._worth(expected),
+        "fit": lambda: sampler._blend.fit(data),
+        "posterior": lambda: [model.posterior(data, hyper, asked) for model, hyper in zip(models, learnt, strict=True)],
+        "pending": lambda: beliefs.with_pending(running),
+        "knowledge gradient": lambda: sampler._worth(expected, asked),
     }
     return {name: 1e3 * statistics.median(clocked(work)[1] for _ in range(repeats)) for name, work in worked.items()}
 

@@ -10,11 +10,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dpt_search.kernel import Hyperparameters
 from dpt_search.map_predictor import Array
 from dpt_search.posterior import Data, Posterior, Surface
 
 FENCE = 0.05
 """Means stay within this of the observed accuracies, in units of accuracy; what is beyond is drawn in, in its order."""
+NEGLIGIBLE = 0.01
+"""A model of less weight is left out."""
 
 
 class Blend:
@@ -37,20 +40,33 @@ class Blend:
             shares.append(sum(shares))
         self._prior = np.log(shares)
 
-    def posterior(self, data: Data) -> Posterior:
-        """Return the posterior of all cells.
+    def fit(self, data: Data) -> list[tuple[Hyperparameters, float]]:
+        """Return hyperparameters and evidence of each model; those without hints are alike and begin at the first's."""
+        found = [self.models[0].fit(data)]
+        for model in self.models[1:]:
+            found.append(model.fit(data, None if model.hinted else found[0][0]))
+        return found
+
+    def posterior(self, data: Data, cells: np.ndarray | None = None) -> Posterior:
+        """Return the posterior of all cells, or of some.
 
         Args:
             data: at least one observation.
+            cells: [k] indices of the cells asked about; None for all.
         """
-        found = [model.fit(data) for model in self.models]
+        found = self.fit(data)
         weights = _normalised(self._prior + np.array([evidence for _, evidence in found]))
-        beliefs = [model.posterior(data, hyper) for model, (hyper, _) in zip(self.models, found, strict=True)]
-        mean = sum(w * each.mean for w, each in zip(weights, beliefs, strict=True))
+        weights = np.where(weights < NEGLIGIBLE, 0.0, weights) / weights[weights >= NEGLIGIBLE].sum()
+        counted = [
+            (float(weight), model.posterior(data, hyper, cells))
+            for weight, model, (hyper, _) in zip(weights, self.models, found, strict=True)
+            if weight
+        ]
+        mean = np.sum([weight * each.mean for weight, each in counted], axis=0)
         covariance = np.zeros((len(mean), len(mean)))
-        for weight, each in zip(weights, beliefs, strict=True):
+        for weight, each in counted:
             covariance += weight * (each.covariance + np.outer(each.mean - mean, each.mean - mean))
-        noise = float(np.sqrt(sum(w * each.noise**2 for w, each in zip(weights, beliefs, strict=True))))
+        noise = float(np.sqrt(sum(weight * each.noise**2 for weight, each in counted)))
         return Posterior(_fenced(mean, data.means.min(), data.means.max()), covariance, noise)
 
 

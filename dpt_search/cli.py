@@ -16,7 +16,8 @@ HELP = """usage: dpt-search VERB [options]
 Make a Vision Transformer faster by removing whole layers, and search on Ray for which ones.
 
   run        everything: from a dense model to a faster one and a report
-  compare    replay searchers over tables of real surfaces
+  bench      time models and exports side by side
+  compare    set searchers against each other: replayed over tables of real surfaces, or run on Ray
   resolve    answer any budget, or all, from the trials already paid for, with no training
   robustness how often noise of the trials would have changed the decisions, and what that costs
   tabulate   run every cell with several seeds: a table of the real surface, to judge searches on
@@ -46,6 +47,7 @@ def main(argv: list[str]) -> int:
         "robustness": _robustness,
         "tabulate": _tabulate,
         "compare": _compare,
+        "bench": _bench,
         "doctor": _doctor,
         **{verb: _stage(verb) for verb in DESCRIPTIONS if verb != "run"},
         "report": _report,
@@ -174,10 +176,14 @@ def _tabulate(argv: list[str]) -> int:
     parser = simple_parser("tabulate", "Run every cell with several seeds: a table of the real surface.")
     parser.add_argument("run", metavar="RUN", help="The run directory, with its dense model, profile and ranking done.")
     parser.add_argument("--cells", choices=["all", "even"], default="all", help="Even: an even number of units.")
-    parser.add_argument("--seeds", type=int, default=3, help="Trials per cell (default: 3).")
+    parser.add_argument("--seeds", type=int, default=3, help="Trials per cell, or of every walk (default: 3).")
     parser.add_argument("--close_seeds", type=int, default=0, help="Trials of cells close to the best of their line.")
     parser.add_argument("--close", type=float, default=0.5, help="How close that is, in points (default: 0.5).")
     parser.add_argument("--probes", type=int, default=0, help="Elastic probes to run instead, each with a seed.")
+    most = "Well-spread cells that each of these evaluates, at most; 0 for all of --cells."
+    parser.add_argument("--probe_cells", type=int, default=0, help=most)
+    walks = "The published walks instead, --seeds times: each trial starts from the weights of the one before it."
+    parser.add_argument("--walks", action="store_true", help=walks)
     parser.add_argument("--shard", default="0/1", help="I/N: every N-th trial from the I-th on (default: 0/1).")
     given = parse(parser, argv)
     if given.seeds < 1:
@@ -185,11 +191,15 @@ def _tabulate(argv: list[str]) -> int:
     from dpt_search.probe_seeds import tabulate_probes
     from dpt_search.run import configured_run, read_ranking
     from dpt_search.tabulate import Request, parse_shard, tabulate, wanted_cells
+    from dpt_search.walks import tabulate_walks
 
     shard = parse_shard(given.shard)
     with configured_run(recorded_config(given.run), say) as run:
-        if given.probes:
-            place = tabulate_probes(run, given.probes, wanted_cells(read_ranking(run).space, given.cells))
+        if given.walks:
+            place = tabulate_walks(run, given.seeds)
+        elif given.probes:
+            cells = wanted_cells(read_ranking(run).space, given.cells)
+            place = tabulate_probes(run, given.probes, cells[: given.probe_cells or None])
         else:
             request = Request(given.cells, given.seeds, given.close_seeds, given.close)
             place = tabulate(run, request, shard)
@@ -199,30 +209,30 @@ def _tabulate(argv: list[str]) -> int:
 
 
 def _compare(argv: list[str]) -> int:
-    parser = simple_parser("compare", "Replay searchers over tables of real surfaces, at equal cost.")
-    parser.add_argument("tables", metavar="TABLE", nargs="+", help="Tables that `dpt-search tabulate` wrote.")
-    parser.add_argument("--samplers", default="", help="Strategies, separated by commas; empty: all.")
-    parser.add_argument("--budget", default="", help="Budgets decided at once; empty: units=4,6,... up to 5/6 of all.")
-    parser.add_argument(
-        "--workers", default="1", help="Trials at a time; several, 1,2,4, are compared by time and cost."
-    )
-    parser.add_argument("--seeds", type=int, default=30, help="Replays of every strategy.")
-    parser.add_argument("--max_trials", type=int, default=60, help="Trials of every replay.")
-    parser.add_argument("--each", action="store_true", help="Decide one budget after another, each on its own.")
-    parser.add_argument("--prior", default="", help="Table of an earlier run, for the strategy map/prior.")
-    parser.add_argument("--out", default="", help="Folder for a page, and CSV and plot of every table; empty: none.")
-    given = parse(parser, argv)
-    from dpt_search.compare_report import Request, run_comparison
-    from dpt_search.strategies import STRATEGIES
+    from dpt_search.compare_options import comparison
 
-    names = [name.strip() for name in given.samplers.split(",") if name.strip()] or list(STRATEGIES)
-    try:
-        workers = [int(number) for number in given.workers.split(",")]
-    except ValueError:
-        raise BadInput(f"cannot read --workers {given.workers!r}: write 4, or several: 1,2,4") from None
-    told = (given.budget, workers, given.seeds, given.max_trials, given.each, given.prior, given.out)
-    for line in run_comparison(Request(given.tables, names, *told)):
+    for line in comparison(argv, say):
         print(line, flush=True)
+    return 0
+
+
+def _bench(argv: list[str]) -> int:
+    parser = simple_parser("bench", "Time models and exports side by side, interleaved. Speed only, no accuracy.")
+    what = "A run directory (its export), an export/ folder, a .pt2 or .onnx file, dense:RUN or timm:NAME."
+    parser.add_argument("models", metavar="MODEL", nargs="+", help=what)
+    parser.add_argument("--batch", default="1,64", help="Batch sizes (default: 1,64).")
+    parser.add_argument("--device", choices=["cpu", "cuda", "npu"], default="cpu", help="Where (default: cpu).")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1).")
+    parser.add_argument("--seconds", type=float, default=10.0, help="Time for each batch size (default: 10).")
+    parser.add_argument("--compiled", action="store_true", help="Compile the models first; ONNX stays as it is.")
+    given = parse(parser, argv)
+    from dpt_search.bench import Request, measure
+
+    try:
+        batches = tuple(int(size) for size in given.batch.split(","))
+    except ValueError:
+        raise BadInput(f"cannot read --batch {given.batch!r}: write 64, or several: 1,64") from None
+    print(measure(Request(given.models, batches, given.device, given.threads, given.seconds, given.compiled), say))
     return 0
 
 

@@ -1,6 +1,8 @@
 """Searchers replayed over tables of real surfaces, with a virtual clock and asynchronous workers.
 
 A replay observes the values of one seed and is judged on the mean of the others, so memorising noise earns nothing.
+Which of a cell's trials is whose seed means nothing, because no two trials share a seed: once every seed of the table
+was the observed one, the trials of every cell are dealt anew, so that many replays are as many different ones.
 Cost is counted as trials end; the noise floor is the regret of deciding by all that the replay could have observed.
 """
 
@@ -8,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.stats import kendalltau
@@ -18,6 +20,7 @@ from dpt_search.probe_seeds import ProbeSeeds
 from dpt_search.problem import Probe, Problem
 from dpt_search.strategies import STRATEGIES
 from dpt_search.surface_table import SurfaceTable
+from dpt_search.walk_table import WalkTrial
 from search_spaces.goals import Goal
 from search_spaces.ratios import Cell
 
@@ -38,7 +41,6 @@ class Trace:
         tau: Kendall's tau between the surface believed in at the end and the true one, mean over the budgets' lines;
             nan where the strategy believes in none.
         upfront: cost of a probe, which is in `cost` from the start.
-        observed: the seed of the table that was observed first.
     """
 
     cost: Array
@@ -47,7 +49,6 @@ class Trace:
     floor: Array
     tau: float
     upfront: float = 0.0
-    observed: int = 0
 
     @property
     def excess(self) -> Array:
@@ -65,25 +66,26 @@ class Judge:
         Args:
             table: the surface; at least two seeds.
             budgets: what is decided.
-            seed: of the replay; the observed column, and the probe, rotate with it.
+            seed: of the replay; the observed column rotates with it and the trials are dealt anew after every round,
+                the probe changes with every round.
             probes: what the probe says, with several seeds; None where that is not known.
         """
         if table.accuracies.shape[1] < 2:
             raise ValueError("a table needs at least two seeds: one is observed, the others judge")
         # Seeds that only some cells have, judge but are not observed first.
-        self.seeds = int((np.isfinite(table.accuracies).mean(axis=0) > 0.5).sum())
-        self._table = table
+        seeds = int((np.isfinite(table.accuracies).mean(axis=0) > 0.5).sum())
+        self._round, self._observed = divmod(seed, seeds)
+        self._table = table = dealt(table, self._round)
         known = np.isfinite(table.accuracies).any(axis=1)
         self._index = {cell: i for i, cell in enumerate(table.cells) if known[i]}
         self._random = np.random.default_rng([seed, 1])
-        self.observed = seed % self.seeds
-        others = np.delete(table.accuracies, self.observed, axis=1)
+        others = np.delete(table.accuracies, self._observed, axis=1)
         self._truth = np.nanmean(others, axis=1)
         self.noise = table_noise(table)
         self.probe = self._probe(probes, seed) if probes is not None else None
         self._drawn: dict[Cell, list[int]] = {}
         self._lines = [self._judged(budget) for budget in budgets]
-        seen = table.accuracies[:, self.observed]
+        seen = table.accuracies[:, self._observed]
         seen = np.where(np.isfinite(seen), seen, np.nanmean(table.accuracies, axis=1))
         self.floor = np.array([self._lost(line, line[int(np.argmax(seen[line]))]) for line in self._lines])
 
@@ -98,7 +100,7 @@ class Judge:
     def _probe(self, probes: ProbeSeeds, seed: int) -> Probe:
         dense = self._table.costs[self._index[Cell(0, 0)]]
         # Not in step with the observed column: every pair of both comes in turn.
-        said = probes.accuracies[:, (seed + seed // self.seeds) % probes.accuracies.shape[1]].tolist()
+        said = probes.accuracies[:, (seed + self._round) % probes.accuracies.shape[1]].tolist()
         costs = (probes.costs / dense).tolist()
         return Probe(
             dict(zip(probes.cells, said, strict=True)),
@@ -124,7 +126,7 @@ class Judge:
             near = self._near(cell)
             lost = self.noise * np.sqrt(1 - 1 / len(near))
             values = self._table.accuracies[near]
-            own = values[:, self.observed]
+            own = values[:, self._observed]
             seen = float(np.nanmean(np.where(np.isfinite(own), own, np.nanmean(values, axis=1))))
             return seen + float(lost * self._random.standard_normal())
         row = self._table.accuracies[self._index[cell]]
@@ -132,7 +134,7 @@ class Judge:
         left = [s for s in range(len(row)) if s not in drawn and np.isfinite(row[s])]
         if not left:
             return float(np.nanmean(row) + self.noise * self._random.standard_normal())
-        chosen = self.observed if self.observed in left else int(self._random.choice(left))
+        chosen = self._observed if self._observed in left else int(self._random.choice(left))
         drawn.append(chosen)
         return float(row[chosen])
 
@@ -162,6 +164,17 @@ class Judge:
         return float(self._truth[line].max() - self._truth[index])
 
 
+def dealt(table: SurfaceTable, times: int) -> SurfaceTable:
+    """Return the table with every cell's trials in another order, a different one for every number; 0 leaves it."""
+    if times == 0:
+        return table
+    generator, accuracies = np.random.default_rng([times, 2]), table.accuracies.copy()
+    for row in accuracies:
+        known = np.flatnonzero(np.isfinite(row))
+        row[known] = row[generator.permutation(known)]
+    return replace(table, accuracies=accuracies)
+
+
 def table_noise(table: SurfaceTable) -> float:
     """Return the standard deviation of one trial about its cell's mean, pooled over the cells."""
     counts = np.isfinite(table.accuracies).sum(axis=1)
@@ -180,6 +193,7 @@ def replay(
     max_trials: int,
     probes: ProbeSeeds | None = None,
     prior: Array | None = None,
+    walks: Sequence[Sequence[WalkTrial]] = (),
 ) -> Trace:
     """Run a strategy against a table.
 
@@ -194,9 +208,11 @@ def replay(
         max_trials: number of trials.
         probes: what the probe says.
         prior: [cells], an earlier run's surface, for the strategies that take one.
+        walks: the published walks as recorded, by seed; replays take one in turn.
     """
     judge = Judge(table, budgets, seed, probes)
-    strategy = STRATEGIES[name](Problem(table.space, budgets, judge.cost, seed, judge.probe, prior))
+    walked = walks[seed % len(walks)] if walks else ()
+    strategy = STRATEGIES[name](Problem(table.space, budgets, judge.cost, seed, judge.probe, prior, walked))
     running: list[tuple[float, int, Cell]] = []
     costs, times, regrets = [], [], []
     asked, spent, now = 0, strategy.upfront, 0.0
@@ -221,9 +237,7 @@ def replay(
         times.append(now)
         regrets.append(judge.regret(strategy.choose()))
     tau = judge.tau(strategy.surface())
-    return Trace(
-        np.array(costs), np.array(times), np.array(regrets), judge.floor, tau, strategy.upfront, judge.observed
-    )
+    return Trace(np.array(costs), np.array(times), np.array(regrets), judge.floor, tau, strategy.upfront)
 
 
 def compare(
@@ -237,6 +251,7 @@ def compare(
     each: bool = False,
     probes: ProbeSeeds | None = None,
     prior: Array | None = None,
+    walks: Sequence[Sequence[WalkTrial]] = (),
 ) -> dict[str, list[list[Trace]]]:
     """Replay every strategy with every seed.
 
@@ -250,12 +265,13 @@ def compare(
         each: solve one budget after another, each on its own; else all together.
         probes: what the probe says.
         prior: [cells], an earlier run's surface.
+        walks: the published walks as recorded, by seed.
 
     Returns:
         By strategy, by seed, the replays of all budgets.
     """
     problems = [[budget] for budget in budgets] if each else [list(budgets)]
-    told = {"workers": workers, "max_trials": max_trials, "probes": probes, "prior": prior}
+    told = {"workers": workers, "max_trials": max_trials, "probes": probes, "prior": prior, "walks": walks}
     return {
         name: [
             [replay(table, name, problem, seed=seed, **told) for problem in problems]  # type: ignore[arg-type]

@@ -21,16 +21,26 @@ from dpt_search.map_predictor import Array
 from dpt_search.map_sampler import ratios
 from dpt_search.posterior import Data
 from dpt_search.probe_seeds import read_probes
-from dpt_search.strategies import STRATEGIES
+from dpt_search.strategies import INHERITED, STRATEGIES
 from dpt_search.summary import text_table
 from dpt_search.surface_table import SurfaceTable, read_table
+from dpt_search.walk_table import read_walks
 from search_spaces.budgets import parse_budgets
 from search_spaces.goals import Goal, goals, unit_goals
 from search_spaces.ratios import RatioSpace
-from trainables.locations import is_dir
+from trainables.locations import is_dir, read_bytes, write_bytes
 
 TARGETS = (0.25, 0.15)
 """Regret above the noise floor, in points, whose cost is told."""
+_STEP = 0.5
+"""Of the costs at which regret is told, in trials of the dense model."""
+_ABOUT = (
+    "Each strategy was replayed over tables of real trials, at equal cost. A replay observes the values of one seed "
+    "and is judged on the mean of the others. Regret is the accuracy lost by what would be chosen at that cost; the "
+    "noise floor is the regret of choosing by all that could have been observed, and is taken off. One unit of cost "
+    "is a trial of the dense model; a probe's training and evaluation count from the start. Intervals are 95 % over "
+    "the replays of a table."
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,7 @@ class Request:
 
     Attributes:
         tables: where the tables are; a table's probes lie beside it.
-        names: keys of `STRATEGIES`.
+        names: keys of `STRATEGIES`; none for all.
         budget: text form; empty for the default of `budgets_of`.
         workers: trials at a time; several numbers are compared by the time and the cost that they need.
         seeds: replays of every strategy.
@@ -101,40 +111,42 @@ def run_comparison(request: Request) -> Iterator[str]:
         yield "\n" + "\n\n".join(tables) + "\n"
         shown.append((Path(location).stem, title, "\n\n".join(tables), groups[0][0]))
         if request.out:
-            write_csv(_folder(request.out) / f"{shown[-1][0]}.csv", groups[0][0])
-            write_plot(_folder(request.out) / f"{shown[-1][0]}.png", groups[0][0], shown[-1][0])
+            write_curves(request.out, shown[-1][0], groups[0][0])
     if request.out:
-        page = _folder(request.out) / "compare.html"
-        write_page(page, shown)
-        yield f"page: {page}"
+        yield f"page: {write_page(request.out, _ABOUT, [(*each[:3], True) for each in shown])}"
 
 
-def _folder(name: str) -> Path:
-    Path(name).mkdir(parents=True, exist_ok=True)
-    return Path(name)
+def write_curves(folder: str, name: str, curves: Sequence[Curve]) -> None:
+    """Write NAME.csv and NAME.png into a folder: a path or URI."""
+    write_bytes(f"{folder.rstrip('/')}/{name}.csv", csv_of(curves).encode())
+    write_bytes(f"{folder.rstrip('/')}/{name}.png", plot_of(curves, name))
 
 
 def _curves(
     request: Request, location: str, table: SurfaceTable, budgets: Sequence[Goal], workers: int
 ) -> tuple[list[Curve], list[Curve]]:
     """Return every strategy's curve over cost, and over virtual time."""
+    walks = read_walks(beside(location, "walks"))
+    # Of all strategies that one needs what few tables have.
+    names = request.names or [name for name in STRATEGIES if walks or name != INHERITED]
     found = compare(
-        table, request.names, budgets, seeds=request.seeds, workers=workers, max_trials=request.max_trials,
-        each=request.each, probes=read_probes(probes_of(location)), prior=_prior(request.prior, table.space),
+        table, names, budgets, seeds=request.seeds, workers=workers, max_trials=request.max_trials,
+        each=request.each, probes=read_probes(beside(location, "probes")), prior=_prior(request.prior, table.space),
+        walks=walks,
     )  # fmt: skip
-    grid = np.arange(1.0, request.max_trials + 1.0)
+    grid = np.arange(_STEP, request.max_trials + _STEP, _STEP)
     # Many workers are done early: time is told in quarters.
     times = np.arange(0.25, request.max_trials + 0.25, 0.25)
     by_time = [mean_curve(name, traces, times, "time") for name, traces in found.items()]
     return [mean_curve(name, traces, grid) for name, traces in found.items()], by_time
 
 
-def probes_of(location: str) -> str:
-    """Return where a table's probes are: beside it, `probes.parquet` in a run, else `NAME.probes.parquet`."""
+def beside(location: str, what: str) -> str:
+    """Return where a table's `probes` or `walks` are: beside it, `WHAT.parquet` in a run, else `NAME.WHAT.parquet`."""
     if is_dir(location):
-        return f"{location.rstrip('/')}/probes.parquet"
+        return f"{location.rstrip('/')}/{what}.parquet"
     stem = location.removesuffix(".parquet")
-    return f"{stem.removesuffix('table')}probes.parquet" if stem.endswith("/table") else f"{stem}.probes.parquet"
+    return f"{stem.removesuffix('table')}{what}.parquet" if stem.endswith("/table") else f"{stem}.{what}.parquet"
 
 
 def _prior(location: str, space: RatioSpace) -> Array | None:
@@ -159,28 +171,38 @@ def budgets_of(text: str, space: RatioSpace) -> tuple[Goal, ...]:
 
 
 def comparison_table(curves: Sequence[Curve]) -> str:
-    """Return one line per strategy, the cheapest to the last target first; cost is in trials of the dense model."""
-    last = len(curves[0].cost) - 1
-    shown = sorted({min(step - 1, last) for step in (5, 10, 20, 40)})
+    """Return one line per strategy, the cheapest to the last target first; cost is in trials of the dense model.
+
+    The last columns but one are differences to the first strategy, taken seed by seed.
+    """
+    first, last = curves[0], len(curves[0].cost) - 1
+    shown = sorted({int(np.argmin(np.abs(first.cost - cost))) for cost in (5, 10, 20, 40)})
+    told = [i for i in shown if np.isfinite(first.mean[i])][:2] if len(curves) > 1 else []
+    # Decisions that were judged at the end alone do not tell how early they were as good.
+    targets = TARGETS if last else ()
     header = (
         "strategy",
-        *(f"to {target} points" for target in TARGETS),
-        *(f"regret at {curves[0].cost[i]:.0f}" for i in shown),
-        f"best cell at {curves[0].cost[last]:.0f}",
+        *(f"to {target} points" for target in targets),
+        *(f"regret at {first.cost[i]:g}" for i in shown),
+        *(f"behind {first.name} at {first.cost[i]:g}" for i in told),
+        f"best cell at {first.cost[last]:g}",
         "tau",
     )
     rows = []
     for curve in sorted(curves, key=lambda c: (c.cost_to(TARGETS[-1]), c.mean[last])):
-        costs = (_cost(curve.cost_to(target)) for target in TARGETS)
-        regrets = (
-            f"{curve.mean[i] / POINT:.2f} ({curve.low[i] / POINT:.2f} to {curve.high[i] / POINT:.2f})"
-            if np.isfinite(curve.mean[i])
-            else "probing"
-            for i in shown
-        )
+        costs = (_cost(curve.cost_to(target)) for target in targets)
+        regrets = (_points(curve.mean[i], curve.low[i], curve.high[i]) for i in shown)
+        behind = ("" if curve is first else _points(*curve.behind(first, i)) for i in told)
         tau = f"{curve.tau:.2f}" if np.isfinite(curve.tau) else ""
-        rows.append((curve.name, *costs, *regrets, f"{curve.hit_rate[last]:.0%}", tau))
+        rows.append((curve.name, *costs, *regrets, *behind, f"{curve.hit_rate[last]:.0%}", tau))
     return text_table(header, rows)
+
+
+def _points(mean: float, low: float, high: float) -> str:
+    if not np.isfinite(mean):
+        return "probing"
+    interval = f" ({low / POINT:.2f} to {high / POINT:.2f})" if np.isfinite(low) else ""
+    return f"{mean / POINT:.2f}{interval}"
 
 
 def _cost(cost: float) -> str:
@@ -198,25 +220,16 @@ def scaling_table(workers: Sequence[int], groups: Sequence[tuple[list[Curve], li
     return f"time / cost to {target} points, in trials of the dense model\n" + text_table(header, rows)
 
 
-def write_csv(path: Path, curves: Sequence[Curve]) -> None:
-    """Write every point of every curve; regrets are in units of accuracy."""
+def csv_of(curves: Sequence[Curve]) -> str:
+    """Return every point of every curve as CSV; regrets are in units of accuracy."""
     stream = io.StringIO()
     rows = csv.writer(stream)
     rows.writerow(["strategy", "cost", "mean", "low", "high", "lower_quartile", "upper_quartile", "hit_rate"])
     for curve in curves:
         for i, cost in enumerate(curve.cost):
-            rows.writerow(
-                [
-                    curve.name,
-                    cost,
-                    curve.mean[i],
-                    curve.low[i],
-                    curve.high[i],
-                    *curve.quartiles[:, i],
-                    curve.hit_rate[i],
-                ]
-            )
-    path.write_text(stream.getvalue())
+            regrets = (curve.mean[i], curve.low[i], curve.high[i], *curve.quartiles[:, i])
+            rows.writerow([curve.name, cost, *regrets, curve.hit_rate[i]])
+    return stream.getvalue()
 
 
 _COLOURS = {
@@ -226,8 +239,8 @@ _PURE_COLOURS = ("#222222", "#666666", "#999999")
 """Of the best pure searches; the others are thin and have no name."""
 
 
-def write_plot(path: Path, curves: Sequence[Curve], title: str) -> None:
-    """Draw regret above the noise floor against cost; 95 % bands for what is not pure search."""
+def plot_of(curves: Sequence[Curve], title: str) -> bytes:
+    """Draw regret above the noise floor against cost, as PNG; 95 % bands for what is not pure search."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), layout="constrained")
@@ -252,19 +265,30 @@ def write_plot(path: Path, curves: Sequence[Curve], title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
-    figure.savefig(path, dpi=140)
+    stream = io.BytesIO()
+    figure.savefig(stream, dpi=140)
+    return stream.getvalue()
 
 
-def write_page(path: Path, shown: Sequence[tuple[str, str, str, Sequence[Curve]]]) -> None:
-    """Write one self-contained page: per table its name, what was compared, the printed table and the plot."""
+def write_page(folder: str, about: str, shown: Sequence[tuple[str, str, str, bool]]) -> str:
+    """Write one self-contained page and return where it is.
+
+    Args:
+        folder: where plots lie and the page goes.
+        about: how it was compared.
+        shown: per section its name, what was compared, the printed table, and whether it has a plot.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(loader=PackageLoader("dpt_search", "."), autoescape=True, undefined=StrictUndefined)
+    place = folder.rstrip("/")
     sections = [
         {
             "name": name, "title": title, "table": table,
-            "plot": base64.b64encode((path.parent / f"{name}.png").read_bytes()).decode(),
+            "plot": base64.b64encode(read_bytes(f"{place}/{name}.png")).decode() if plotted else "",
         }
-        for name, title, table, _ in shown
+        for name, title, table, plotted in shown
     ]  # fmt: skip
-    path.write_text(environment.get_template("compare.html.jinja").render(sections=sections))
+    page = environment.get_template("compare.html.jinja").render(about=about, sections=sections)
+    write_bytes(f"{place}/compare.html", page.encode())
+    return f"{place}/compare.html"

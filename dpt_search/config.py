@@ -14,6 +14,7 @@ from search_spaces import BadInput
 from search_spaces.budgets import Budget, parse_budgets
 from search_spaces.plan import PruningPlan
 from trainables.settings import DataSettings, ModelSettings, Recipe
+from trainables.tasks import FORMATS
 
 SAMPLER_NAMES = ("map", "tpe", "gp", "cmaes", "qmc", "random", "grid")
 
@@ -67,7 +68,7 @@ class RunConfig:
     """Time the profile takes for its measurements."""
     sampler: Literal["map", "tpe", "gp", "cmaes", "qmc", "random", "grid"] = "map"
     """Who proposes trials: map is this product's own, the others are Optuna's."""
-    probe_epochs: int = 6
+    probe_epochs: int = 2
     """Epochs of the elastic probe, which gives every cell a cheap accuracy beside the first trials; 0 leaves it out."""
     probe_lr: float = 0.0
     """Peak learning rate of the probe at batch size 512; 0: that of a trial."""
@@ -105,6 +106,10 @@ class RunConfig:
     """The long fine-tune of the winner."""
     finetune_workers: int = 1
     """Workers of the long fine-tune; they share every batch."""
+    baseline: bool = False
+    """Give the dense model the long fine-tune too, at its cost: what is lost against that is lost by pruning alone."""
+    export_formats: str = ",".join(FORMATS)
+    """What the merged model is written as: pt2 (torch.export) and onnx load without this package."""
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
@@ -132,12 +137,18 @@ class RunConfig:
         wanted = (budget.batch for budget in self.budgets if budget.batch)
         return list(dict.fromkeys([*self.timing_batches, *wanted]))
 
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The export formats asked for, in the order of `FORMATS`, and those that there are not."""
+        asked = [name.strip() for name in self.export_formats.split(",")]
+        return (*(name for name in FORMATS if name in asked), *(name for name in asked if name not in FORMATS))
+
 
 _GROWING = (
     "run_dir", "budget", "finetune_budget", "max_trials", "max_hours", "trial_timeout", "max_concurrent",
     "max_failures", "cpus_per_trial", "devices_per_trial", "finetune.", "finetune_workers", "data.cache_dir",
     "data.workers", "data.root", "timing_batches", "timing_seconds", "sampler", "design", "probe_",
-    "refine", "prior", "max_attn", "max_act",
+    "refine", "prior", "max_attn", "max_act", "baseline", "export_formats",
 )  # fmt: skip
 """Fields, or groups of them, that a later start may change."""
 
@@ -170,6 +181,11 @@ def check(config: RunConfig) -> None:
         raise BadConfig("start is 'probe', but probe_epochs is 0: there would be no weights to start from")
     if config.model.new_head and not config.adapt.epochs:
         raise BadConfig("model.new_head starts an untrained classifier: train it first with --adapt-epochs")
+    if "safetensors" not in config.formats or not set(config.formats) <= set(FORMATS):
+        raise BadConfig(
+            f"export_formats is {config.export_formats!r}: name safetensors, which is always written, and "
+            f"any of {', '.join(FORMATS)}, separated by commas"
+        )
     _check_recipes(config)
 
 

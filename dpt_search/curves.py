@@ -23,12 +23,14 @@ class Curve:
         name: the strategy.
         cost: [m] common grid of cost, or of virtual time, in trials of the dense model.
         mean: [m] regret above the floor, averaged over budgets and replays; nan below the cost of a probe.
-        low: [m] lower end of its 95 % interval, over the seeds of the table that were observed.
+        low: [m] lower end of its 95 % interval over replays of this table; another table's trials would add to it. nan
+            for a single replay.
         high: [m] upper end.
         quartiles: [2, m] over replays.
         hit_rate: [m] share of decisions with no regret above the floor.
         floor: the noise floor, averaged likewise.
         tau: Kendall's tau on the budgets' lines at the end, averaged likewise; nan without a surface.
+        replays: [seeds, m] regret above the floor of every seed's replays, averaged over budgets.
     """
 
     name: str
@@ -40,6 +42,17 @@ class Curve:
     hit_rate: Array
     floor: float
     tau: float
+    replays: Array
+
+    def behind(self, other: Curve, at: int) -> tuple[float, float, float]:
+        """Return how much more regret than another strategy this one has at a grid point, and its 95 % interval.
+
+        Replays of one seed observe and judge by the same trials, so differences are taken seed by seed.
+        """
+        differences = self.replays[:, at] - other.replays[:, at]
+        error = float(_error(differences[:, None])[0])
+        mean = float(differences.mean())
+        return mean, mean - error, mean + error
 
     def cost_to(self, points: float) -> float:
         """Return the least cost from which the mean regret above the floor stays at or below `points`; inf if never."""
@@ -61,23 +74,20 @@ def mean_curve(name: str, groups: Sequence[Sequence[Trace]], grid: Array, axis: 
     rows = np.array([np.mean([_at(trace.excess, trace, grid, axis) for trace in group], axis=0) for group in groups])
     hits = [np.mean([_at(_hits(trace), trace, grid, axis) for trace in group], axis=0) for group in groups]
     every = [trace for group in groups for trace in group]
-    mean, error = rows.mean(axis=0), _error(rows, [group[0].observed for group in groups])
+    mean, error = rows.mean(axis=0), _error(rows)
     taus = [trace.tau for trace in every if np.isfinite(trace.tau)]
     return Curve(
         name, grid, mean, mean - error, mean + error, np.quantile(rows, [0.25, 0.75], axis=0), np.mean(hits, axis=0),
-        float(np.mean([trace.floor.mean() for trace in every])), float(np.mean(taus)) if taus else float("nan"),
+        float(np.mean([trace.floor.mean() for trace in every])), float(np.mean(taus)) if taus else float("nan"), rows,
     )  # fmt: skip
 
 
-def _error(rows: Array, observed: Sequence[int]) -> Array:
-    """Return half the width of the mean's 95 % interval, [m].
-
-    Replays that observe the same seed of the table are no independent draws of the surface's noise: their means are.
-    """
-    means = np.array([rows[np.equal(observed, seed)].mean(axis=0) for seed in sorted(set(observed))])
-    if len(means) < 2:
-        return np.zeros(rows.shape[1])
-    return float(student_t.ppf(0.975, len(means) - 1)) * means.std(axis=0, ddof=1) / np.sqrt(len(means))
+def _error(rows: Array) -> Array:
+    """Return half the width of the mean's 95 % interval, [m]; nan where a single seed tells nothing of it."""
+    count = len(rows)
+    if count < 2:
+        return np.full(rows.shape[1], np.nan)
+    return float(student_t.ppf(0.975, count - 1)) * rows.std(axis=0, ddof=1) / np.sqrt(count)
 
 
 def _hits(trace: Trace) -> Array:

@@ -28,6 +28,7 @@ class Found:
     log: TrialLog
     recommendation: dict[str, Any] | None
     finetune: dict[str, Any] | None
+    baseline: dict[str, Any] | None
     export: dict[str, Any] | None
     cell_costs: CellCosts | None
     stages: list[dict[str, Any]]
@@ -82,6 +83,7 @@ def read_run(store: RunStore) -> Found:
         log=TrialLog(store),
         recommendation=store.read_json("recommendation.json"),
         finetune=store.read_json("finetune/finetune.json"),
+        baseline=store.read_json("baseline/baseline.json"),
         export=store.read_json("export/summary.json"),
         cell_costs=cell_costs(store),
         stages=sorted(stamps, key=lambda stamp: stamp["finished_at"]),
@@ -106,8 +108,11 @@ def warnings(found: Found) -> list[str]:
     told = (found.export or {}).get("verdict")
     if told is not None and not told["met"]:
         lines.append(told["text"])
-    if found.export and found.export["difference"]["low"] > 0:
-        lines.append("the merged model had a fine-tune that the dense model had not: some of its gain is not pruning's")
+    if found.export and "baseline" not in found.export and found.export["difference"]["low"] > 0:
+        lines.append(
+            "the merged model had a fine-tune that the dense model had not: some of its gain is not pruning's; "
+            "--baseline gives the dense model the same"
+        )
     return lines
 
 
@@ -118,3 +123,5 @@ def _stale(found: Found) -> Iterator[str]:
         yield f"what was fine-tuned, {found.finetune['plan']}, is not what is recommended now for its budget"
     if found.finetune and found.export and found.finetune["plan"] != found.export["plan"]:
         yield f"what was exported, {found.export['plan']}, is not what was fine-tuned last"
+    if found.baseline and found.export and "baseline" not in found.export:
+        yield "the dense model was given the same fine-tune, but the export was made without it: export again"

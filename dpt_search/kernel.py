@@ -1,9 +1,12 @@
-"""The prior covariance of a surface, part by part, and what it depends on. Arrays in, arrays out."""
+"""The prior covariance of a surface, and what it depends on. Arrays in, arrays out.
+
+Every part is separable or has few features, so it is made of matrices over the levels of one kind: on 25 x 25 cells
+these have 25 x 25 entries where the covariance has 625 x 625.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -40,59 +43,120 @@ class Hyperparameters:
     cliff_act: float = 0.03
     noise: float = 0.004
 
+    def cliff_variances(self) -> tuple[float, float]:
+        """Return half of the variance of each kind's cliff: one half is the same all along it."""
+        return (self.cliff_attn / 3) ** 2 / 2, (self.cliff_act / 3) ** 2 / 2
+
+
+class Kernel:
+    """The prior covariance between the cells of one lattice."""
+
+    def __init__(self, levels: np.ndarray, features: dict[str, Array]) -> None:
+        """
+        Args:
+            levels: [2, cells] number of units of each kind that every cell removes.
+            features: [cells, terms] by the hyperparameter that is the prior sd of their coefficients.
+        """
+        self.levels, self.features = levels, features
+        most = levels.max(axis=1)
+        self.squared = [squared_distances(n) for n in most]
+        self.shared = [np.minimum.outer(np.arange(n + 1.0), np.arange(n + 1.0)) for n in most]
+        self.beyond = [_last_with_itself(n) for n in most]
+
+    def between(self, hyper: Hyperparameters, rows: np.ndarray, columns: np.ndarray) -> Array:
+        """Return the covariance of some cells with others, [rows, columns]."""
+        near = [np.exp(-0.5 / hyper.length**2 * squared) for squared in self.squared]
+        cliffs = hyper.cliff_variances()
+        alone = [
+            hyper.single**2 * near[axis] + hyper.step**2 * self.shared[axis] + cliffs[axis] * self.beyond[axis]
+            for axis in (0, 1)
+        ]
+        attn, act = (np.ix_(level[rows], level[columns]) for level in self.levels)
+        found = alone[0][attn] + alone[1][act]
+        found += (hyper.joint**2 * near[0] + cliffs[0] * self.beyond[0])[attn] * near[1][act]
+        found += near[0][attn] * (cliffs[1] * self.beyond[1])[act]
+        for name, each in self.features.items():
+            found += (getattr(hyper, name) ** 2 * each[rows]) @ each[columns].T
+        found += hyper.own**2 * (rows[:, None] == columns[None, :])
+        return found
+
+
+class FittedKernel:
+    """The covariance of a few cells and its derivatives, over and over with other hyperparameters."""
+
+    def __init__(self, kernel: Kernel, cells: np.ndarray) -> None:
+        attn, act = (np.ix_(level[cells], level[cells]) for level in kernel.levels)
+        fixed = {name: each[cells] @ each[cells].T for name, each in kernel.features.items()}
+        fixed["step"] = kernel.shared[0][attn] + kernel.shared[1][act]
+        fixed["own"] = np.eye(len(cells))
+        self._squared = kernel.squared[0][attn], kernel.squared[1][act]
+        self._beyond = kernel.beyond[0][attn], kernel.beyond[1][act]
+        self._names = tuple(fixed)
+        self._fixed = np.stack([*fixed.values(), *self._beyond]).reshape(len(fixed) + 2, -1)
+
+    def at(self, hyper: Hyperparameters) -> tuple[Array, FittedGradient]:
+        """Return the covariance, [cells, cells], and what its derivatives follow from."""
+        scale = -0.5 / hyper.length**2
+        near = np.exp(scale * self._squared[0]), np.exp(scale * self._squared[1])
+        variances = np.array([*(getattr(hyper, name) ** 2 for name in self._names), *hyper.cliff_variances()])
+        single, joint = near[0] + near[1], near[0] * near[1]
+        # What changes smoothly along each cliff.
+        along = self._beyond[0] * near[1], self._beyond[1] * near[0]
+        total = (variances @ self._fixed).reshape(joint.shape)
+        total += hyper.single**2 * single + hyper.joint**2 * joint + variances[-2] * along[0] + variances[-1] * along[1]
+        return total, FittedGradient(self, hyper, variances, near, single, joint, along)
+
 
 @dataclass(frozen=True)
-class Kernel:
-    """The prior covariance of some cells, in parts.
+class FittedGradient:
+    """What the derivatives of a covariance follow from; see `FittedKernel`."""
 
-    Attributes:
-        outer: [k, k] each, outer products of the polynomial's terms and of the hints.
-        squared: [2, k, k] squared distances along each axis.
-        edges: [2, k], 1 where a kind has no unit left.
-    """
+    kernel: FittedKernel
+    hyper: Hyperparameters
+    variances: Array
+    near: tuple[Array, Array]
+    single: Array
+    joint: Array
+    along: tuple[Array, Array]
 
-    outer: dict[str, Array]
-    squared: Array
-    edges: Array
-
-    def at(self, cells: np.ndarray) -> Kernel:
-        """Return the kernel of some of the cells."""
-        some = np.ix_(cells, cells)
-        outer = {name: each[some] for name, each in self.outer.items()}
-        return Kernel(outer, self.squared[:, some[0], some[1]], self.edges[:, cells])
-
-    @cached_property
-    def _both_beyond(self) -> Array:
-        """[2, k, k], 1 where both cells lie beyond the same cliff."""
-        return self.edges[:, :, None] * self.edges[:, None, :]
-
-    def parts(self, sd: dict[str, float]) -> tuple[dict[str, Array], Array]:
-        """Return what each part adds, [k, k] each, and the sum's derivative by the logarithm of the length scale.
+    def by_logarithms(self, sensitivity: Array) -> dict[str, float]:
+        """Return the derivative of a value by the logarithm of each hyperparameter but the noise.
 
         Args:
-            sd: fields of `Hyperparameters`.
+            sensitivity: [cells, cells] the value's derivative by the entries of the covariance, symmetric.
         """
-        parts = {name: sd[name] ** 2 * each for name, each in self.outer.items()}
-        scaled = self.squared / sd["length"] ** 2
-        attn, act = np.exp(-0.5 * scaled)
-        by_attn, by_act = attn * scaled[0], act * scaled[1]
-        parts["single"] = sd["single"] ** 2 * (attn + act)
-        parts["joint"] = sd["joint"] ** 2 * attn * act
-        change = sd["single"] ** 2 * (by_attn + by_act) + parts["joint"] * (scaled[0] + scaled[1])
-        along = {"cliff_attn": (act, by_act), "cliff_act": (attn, by_attn)}
-        for both, (name, (other, by_other)) in zip(self._both_beyond, along.items(), strict=True):
-            # Half of the fall is the same all along the edge, the other half changes smoothly.
-            half = (sd[name] / 3) ** 2 / 2 * both
-            parts[name] = half * (1 + other)
-            change += half * by_other
-        return parts, change
+        kernel, hyper, near = self.kernel, self.hyper, self.near
+        fixed = 2 * self.variances * (kernel._fixed @ sensitivity.ravel())
+        found = dict(zip((*kernel._names, "cliff_attn", "cliff_act"), fixed.tolist(), strict=True))
+        for name, variance, along in zip(("cliff_attn", "cliff_act"), self.variances[-2:], self.along, strict=True):
+            found[name] += 2 * float(variance) * float(np.vdot(sensitivity, along))
+        found["single"] = 2 * hyper.single**2 * float(np.vdot(sensitivity, self.single))
+        found["joint"] = 2 * hyper.joint**2 * float(np.vdot(sensitivity, self.joint))
+        by_attn = kernel._squared[0] * (
+            hyper.single**2 * near[0] + hyper.joint**2 * self.joint + self.variances[-1] * self.along[1]
+        )
+        by_act = kernel._squared[1] * (
+            hyper.single**2 * near[1] + hyper.joint**2 * self.joint + self.variances[-2] * self.along[0]
+        )
+        found["length"] = float(np.vdot(sensitivity, by_attn + by_act)) / hyper.length**2
+        return found
 
 
-def squared_distances(level: np.ndarray) -> Array:
-    """Return [cells, cells] squared distances along one axis, in the logarithm of what is left, over 0 to 1."""
-    most = int(level.max())
-    place = 1 - np.log(most + 1 - level) / np.log(most + 1) if most else np.zeros(len(level))
+def squared_distances(most: int) -> Array:
+    """Return [levels, levels] squared distances along one axis, in the logarithm of what is left, over 0 to 1.
+
+    Args:
+        most: the highest level: all units of the kind are removed there.
+    """
+    place = 1 - np.log(most + 1 - np.arange(most + 1.0)) / np.log(most + 1) if most else np.zeros(1)
     return (place[:, None] - place[None, :]) ** 2
+
+
+def _last_with_itself(most: int) -> Array:
+    """Return [levels, levels], 1 where both levels leave no unit of a kind that has some."""
+    found = np.zeros((most + 1, most + 1))
+    found[-1, -1] = float(most > 0)
+    return found
 
 
 def parts_of(hint: Array, rows: np.ndarray, columns: np.ndarray) -> Array:

@@ -27,7 +27,7 @@ _INDIFFERENT = 1e-9
 
 
 class MapSampler(BaseSampler):
-    """Proposes the cell whose trial is worth most to the decisions asked for, per unit of cost.
+    """Proposes the feasible cell whose trial is worth most to the decisions asked for, per unit of cost.
 
     The worth is the knowledge gradient summed over the budgets, under the blend of polynomial, hints and observations
     (see `posterior` and `blend`). Trials that still run count as if they ended as predicted, those of other workers
@@ -64,6 +64,7 @@ class MapSampler(BaseSampler):
         self._design = DESIGNS[design](space, budgets)
         self._hinted_design = hinted_design(space, budgets) if design == "lines" else self._design
         self._costs = np.array([cost(cell) for cell in self._cells])
+        self._feasible = np.unique(np.concatenate(self._lines))
         self._degree, self._hints = degree, hints
         self._blend = Blend(ratios(space), degree)
         self._known: list[Array] = []
@@ -142,11 +143,14 @@ class MapSampler(BaseSampler):
             # Nothing to learn from yet, more workers than design: what is nearest to it and not under way.
             return next((i for i in np.concatenate(self._lines).tolist() if i not in touched), int(self._lines[-1][0]))
         cells, accuracies = (np.array(values) for values in zip(*done, strict=True))
-        beliefs = self._blend.posterior(Data.of(cells, accuracies)).with_pending(np.array(running, dtype=np.int64))
-        worth = self._worth(beliefs)
+        pending = np.array(running, dtype=np.int64)
+        asked = np.union1d(self._feasible, pending)
+        beliefs = self._blend.posterior(Data.of(cells, accuracies), asked)
+        worth = np.full(len(self._cells), -np.inf)
+        worth[asked] = self._worth(beliefs.with_pending(np.searchsorted(asked, pending)), asked)
         worth[[cell for cell in failed if cell not in succeeded]] = -np.inf
         others = worth.copy()
-        others[list(running)] = -np.inf
+        others[pending] = -np.inf
         # A cell under way is begun again only where nothing else is worth a trial.
         return int(np.argmax(others if others.max() > 0 else worth))
 
@@ -156,16 +160,17 @@ class MapSampler(BaseSampler):
         if not same:
             self._blend, self._known = Blend(ratios(self._space), self._degree, hints), hints
 
-    def _worth(self, beliefs: Posterior) -> Array:
-        """Return the value of one trial of every cell per unit of cost."""
+    def _worth(self, beliefs: Posterior, asked: np.ndarray) -> Array:
+        """Return the value of one trial of every cell asked about per unit of cost; `beliefs` are about these."""
         slopes = beliefs.covariance / np.sqrt(np.diag(beliefs.covariance) + beliefs.noise**2)[:, None]
-        gain = sum(knowledge_gradient(beliefs.mean[line], slopes[:, line]) for line in self._lines)
-        worth = np.asarray(gain) / self._costs
+        lines = [np.searchsorted(asked, line) for line in self._lines]
+        gain = sum(knowledge_gradient(beliefs.mean[line], slopes[:, line]) for line in lines)
+        worth = np.asarray(gain) / self._costs[asked]
         if worth.max() * self._costs.max() > _INDIFFERENT:
             return worth
         # Nothing is expected to change a decision: look where the feasible cells are least known.
-        unsure = np.zeros(len(self._cells))
-        for line in self._lines:
+        unsure = np.zeros(len(asked))
+        for line in lines:
             unsure[line] = beliefs.sd[line]
         return unsure
 

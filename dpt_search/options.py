@@ -17,6 +17,7 @@ EMBEDDED = "package:dpt_search/embedded/fashion_mnist/run.yaml"
 """The configuration of a run that names no model, no data and no --config."""
 
 _SHORT = {"adapt_epochs": "adapt.epochs", "finetune_epochs": "finetune.epochs", "trial_epochs": "trial.epochs"}
+_BOOLEANS = ("true", "false", "yes", "no", "on", "off")
 _RECIPES = ("adapt", "trial", "finetune")
 _SHOWN = ("epochs", "batch_size", "lr")
 """What --help shows of each recipe; --help-all shows everything."""
@@ -80,6 +81,7 @@ DESCRIPTIONS = {
     "recommend": "Decide which cell is best for every budget.",
     "refine": "Try swaps of one unit on the plan that is fine-tuned (refine).",
     "finetune": "Fine-tune the recommended plan for long.",
+    "baseline": "Give the dense model the long fine-tune too (baseline).",
     "export": "Merge, reload, compare, test once and time the fine-tuned model.",
     "report": "Write report.html.",
 }
@@ -93,7 +95,7 @@ def read_config(verb: str, argv: list[str]) -> RunConfig:
         BadConfig: a flag or value is unknown or wrong.
         SystemExit: help was asked for, and printed.
     """
-    argv = [_with_underscores(argument) for argument in argv]
+    argv = _with_values([_with_underscores(argument) for argument in argv])
     everything = "--help_all" in argv
     parser = config_parser(verb, everything)
     if everything:
@@ -130,6 +132,15 @@ def _with_underscores(argument: str) -> str:
     name, equals, value = argument[2:].partition("=")
     name = name.replace("-", "_")
     return f"--{_SHORT.get(name, name)}{equals}{value}"
+
+
+def _with_values(argv: list[str]) -> list[str]:
+    """Write `--baseline` as `--baseline=true` where no value follows."""
+    follows = [*argv[1:], ""][: len(argv)]
+    return [
+        f"{argument}=true" if argument == "--baseline" and value.lower() not in _BOOLEANS else argument
+        for argument, value in zip(argv, follows, strict=True)
+    ]
 
 
 def _with_base(argv: list[str], verb: str) -> list[str]:

@@ -27,19 +27,22 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy.linalg import cho_solve, solve_triangular
+from scipy.linalg import solve_triangular
+from scipy.linalg.lapack import dpotrf, dpotri
 from scipy.optimize import minimize
 
-from dpt_search.kernel import Hyperparameters, Kernel, parts_of, squared_distances
+from dpt_search.kernel import FittedKernel, Hyperparameters, Kernel, parts_of
 from dpt_search.map_predictor import Array, monomials
 
 _JITTER = 1e-10
-_TOLERANCE = 1e-5
+_TOLERANCE = 1e-4
 """Relative change of the likelihood at which its maximum counts as found."""
 _FIT_CELLS = 48
 """Observed cells that the hyperparameters are learnt from, at most: more make them no better and take longer."""
 
 
+_ALWAYS = ("step", "own", "single", "joint", "length", "cliff_attn", "cliff_act", "noise")
+"""Hyperparameters of every model; the others are those of its features."""
 _WIDTH = {
     "slope": 1.0, "hint": 0.7, "shape": 1.0, "step": 0.7, "own": 0.5, "single": 1.0, "joint": 1.0, "length": 0.4,
     "cliff_attn": 1.0, "cliff_act": 1.0, "noise": 0.5,
@@ -90,7 +93,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Posterior:
-    """Beliefs about the true accuracy of every cell.
+    """Beliefs about the true accuracy of every cell, or of those asked about.
 
     Attributes:
         mean: [cells].
@@ -128,60 +131,62 @@ class Surface:
             hints: [cells] each, earlier surfaces, in units of accuracy.
         """
         points = np.asarray(points, dtype=np.float64)
-        levels = [np.unique(points[:, axis], return_inverse=True)[1] for axis in (0, 1)]
+        levels = np.stack([np.unique(points[:, axis], return_inverse=True)[1] for axis in (0, 1)])
         features = {}
         if degree:
             features["slope"] = monomials(points, degree)[:, 1:]
         if hints:
             features["hint"] = np.stack([hint - hint.mean() for hint in hints], axis=1)
             features["shape"] = np.concatenate([parts_of(hint, *levels) for hint in hints], axis=1)
+        self.hinted = bool(hints)
+        self._everywhere = np.arange(len(points))
         self._hinted = hints[0] - hints[0].mean() if hints else np.zeros(len(points))
         self._edges = np.stack([(level == level.max()) & (level > 0) for level in levels]).astype(np.float64)
-        outer = {name: each @ each.T for name, each in features.items()}
-        outer["step"] = np.sum([np.minimum(level[:, None], level[None, :]) for level in levels], axis=0).astype(float)
-        outer["own"] = np.eye(len(points))
-        self._kernel = Kernel(outer, np.stack([squared_distances(level) for level in levels]), self._edges)
-        self.names = (*outer, "single", "joint", "length", "cliff_attn", "cliff_act", "noise")
-
-    def prior(self, hyper: Hyperparameters) -> Array:
-        """Return the prior covariance of all cells' accuracies without the constant, [cells, cells]."""
-        return np.sum(list(self._kernel.parts(asdict(hyper))[0].values()), axis=0)
+        self._kernel = Kernel(levels, features)
+        self.names = (*features, *_ALWAYS)
 
     def _mean(self, hyper: Hyperparameters) -> Array:
         """Return the prior mean of all cells without the constant, [cells]."""
         return self._hinted - hyper.cliff_attn * self._edges[0] - hyper.cliff_act * self._edges[1]
 
-    def posterior(self, data: Data, hyper: Hyperparameters | None = None) -> Posterior:
-        """Return the posterior of all cells.
+    def posterior(self, data: Data, hyper: Hyperparameters | None = None, cells: np.ndarray | None = None) -> Posterior:
+        """Return the posterior of all cells, or of some.
 
         Args:
             data: at least one observation.
             hyper: fixed hyperparameters; None learns them by `fit`.
+            cells: [k] indices of the cells asked about; None for all.
         """
         hyper = hyper or self.fit(data)[0]
-        prior = self.prior(hyper)
-        across = prior[data.cells]
-        lower = np.linalg.cholesky(across[:, data.cells] + np.diag(hyper.noise**2 / data.counts + _JITTER))
-        half = solve_triangular(lower, across, lower=True)
-        ones = solve_triangular(lower, np.ones(len(data.cells)), lower=True)
+        asked = self._everywhere if cells is None else cells
+        seen = self._kernel.between(hyper, data.cells, data.cells)
+        lower = np.linalg.cholesky(seen + np.diag(hyper.noise**2 / data.counts + _JITTER))
+        half = solve_triangular(lower, self._kernel.between(hyper, data.cells, asked), lower=True, check_finite=False)
         expected = self._mean(hyper)
-        seen = solve_triangular(lower, data.means - expected[data.cells], lower=True)
+        told = np.stack([np.ones(len(data.cells)), data.means - expected[data.cells]], axis=1)
+        ones, residual = solve_triangular(lower, told, lower=True, check_finite=False).T
         # The constant has a flat prior: its generalised least-squares estimate, and what that leaves uncertain.
         precision = float(ones @ ones)
-        constant = float(ones @ seen) / precision
-        unexplained = 1 - half.T @ ones
-        mean = expected + constant + half.T @ (seen - constant * ones)
-        covariance = prior - half.T @ half + np.outer(unexplained, unexplained) / precision
+        constant = float(ones @ residual) / precision
+        unexplained = (1 - half.T @ ones) / np.sqrt(precision)
+        mean = expected[asked] + constant + half.T @ (residual - constant * ones)
+        covariance = self._kernel.between(hyper, asked, asked)
+        covariance -= half.T @ half
+        covariance += np.outer(unexplained, unexplained)
         return Posterior(mean, covariance, hyper.noise)
 
-    def fit(self, data: Data) -> tuple[Hyperparameters, float]:
+    def fit(self, data: Data, start: Hyperparameters | None = None) -> tuple[Hyperparameters, float]:
         """Return the hyperparameters with the highest marginal likelihood times prior, and its logarithm.
 
         The constant is integrated out; the logarithm leaves out what is the same for every model of the same data.
+
+        Args:
+            data: at least one observation.
+            start: where the search for them begins; None for their prior medians.
         """
         data = data.thinned(_FIT_CELLS)
-        kernel = self._kernel.at(data.cells)
-        default, names = asdict(Hyperparameters()) | (_HINTED if "hint" in self.names else {}), self.names
+        kernel = FittedKernel(self._kernel, data.cells)
+        default, names = asdict(Hyperparameters()) | (_HINTED if self.hinted else {}), self.names
         centre = np.log([default[name] for name in names])
         width = np.array([_WIDTH[name] for name in names])
 
@@ -189,8 +194,11 @@ class Surface:
             value, gradient = self._negative_log_likelihood(data, kernel, self._named(centre + width * z))
             return value + 0.5 * float(z @ z), np.array([gradient[n] for n in names]) * width + z
 
+        first = np.zeros(len(names))
+        if start is not None:
+            first = np.clip((np.log([getattr(start, name) for name in names]) - centre) / width, -3.0, 3.0)
         found = minimize(
-            loss, np.zeros(len(names)), jac=True, method="L-BFGS-B", bounds=[(-3.0, 3.0)] * len(names),
+            loss, first, jac=True, method="L-BFGS-B", bounds=[(-3.0, 3.0)] * len(names),
             options={"ftol": _TOLERANCE, "gtol": 0.03},
         )  # fmt: skip
         return self._named(centre + width * found.x), -float(found.fun)
@@ -199,13 +207,13 @@ class Surface:
         return Hyperparameters(**dict(zip(self.names, np.exp(logarithms).tolist(), strict=True)))
 
     def _negative_log_likelihood(
-        self, data: Data, kernel: Kernel, hyper: Hyperparameters
+        self, data: Data, kernel: FittedKernel, hyper: Hyperparameters
     ) -> tuple[float, dict[str, float]]:
         """Return the value (up to a constant) and its gradient in the logarithm of each hyperparameter."""
-        parts, by_length = kernel.parts(asdict(hyper))
+        covariance, derivatives = kernel.at(hyper)
         noise = hyper.noise**2 / data.counts
-        lower = np.linalg.cholesky(np.sum(list(parts.values()), axis=0) + np.diag(noise + _JITTER))
-        inverse = cho_solve((lower, True), np.eye(len(data.cells)))
+        np.fill_diagonal(covariance, covariance.diagonal() + noise + _JITTER)
+        inverse, log_determinant = _inverted(covariance)
         ones = inverse.sum(1)
         total = float(ones.sum())
         # The constant's own estimate is taken out and its uncertainty counted: restricted maximum likelihood.
@@ -214,13 +222,27 @@ class Surface:
         residual = residual - float(ones @ residual) / total
         weights = inverse @ residual
         repeats = float(np.sum(data.counts - 1))
-        value = float(np.log(np.diag(lower)).sum()) + 0.5 * float(residual @ weights) + 0.5 * np.log(total)
+        value = 0.5 * log_determinant + 0.5 * float(residual @ weights) + 0.5 * np.log(total)
         value += repeats * np.log(hyper.noise) + 0.5 * data.scatter / hyper.noise**2
         # Half the trace of the projected inverse times a change of the covariance, less the data's part.
         sensitivity = 0.5 * (inverse - np.outer(ones, ones) / total - np.outer(weights, weights))
-        gradient = {name: 2 * float(np.vdot(sensitivity, part)) for name, part in parts.items()}
+        gradient = derivatives.by_logarithms(sensitivity)
         for name, edge in zip(("cliff_attn", "cliff_act"), self._edges, strict=True):
             gradient[name] += getattr(hyper, name) * float(weights @ edge[data.cells])
-        gradient["length"] = float(np.vdot(sensitivity, by_length))
-        gradient["noise"] = 2 * float(np.diag(sensitivity) @ noise) + repeats - data.scatter / hyper.noise**2
+        gradient["noise"] = 2 * float(sensitivity.diagonal() @ noise) + repeats - data.scatter / hyper.noise**2
         return value, gradient
+
+
+def _inverted(covariance: Array) -> tuple[Array, float]:
+    """Return the inverse of a covariance and the logarithm of its determinant, by LAPACK's own two calls.
+
+    Raises:
+        LinAlgError: it is not positive definite.
+    """
+    factor, failed = dpotrf(covariance, lower=1, overwrite_a=1)
+    if failed:
+        raise np.linalg.LinAlgError("the covariance is not positive definite")
+    log_determinant = 2 * float(np.log(factor.diagonal()).sum())
+    inverse = np.tril(dpotri(factor, lower=1, overwrite_c=1)[0])
+    inverse += np.tril(inverse, -1).T
+    return inverse, log_determinant

@@ -80,7 +80,8 @@ def tabulate_probes(run: Run, seeds: int, cells: list[Cell]) -> str:
 
 
 def _inputs(run: Run, task: ProbeTask) -> str:
-    return digest_of([identity_of(run.config), {**asdict(task), "folder": ""}])
+    told = {name: value for name, value in asdict(task).items() if name != "reseed"}
+    return digest_of([identity_of(run.config), {**told, "folder": ""}])
 
 
 def _record(run: Run, seed: int, task: ProbeTask) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from dpt_search.config import RunConfig
 from dpt_search.decisions import goals_of
 from dpt_search.hints import hints_of
 from dpt_search.map_predictor import Array
@@ -33,10 +34,14 @@ def probe(run: Run) -> None:
     run.stage("probe", _inputs(run, task), NAME, work)
 
 
+def has_probe(config: RunConfig) -> bool:
+    """Say whether a search of this configuration has a probe: for its hint, or for weights to start from."""
+    return bool(config.probe_epochs) and (config.sampler == "map" or config.start == "probe")
+
+
 def is_missing(run: Run) -> bool:
     """Say whether a search of this configuration has a probe that is still to be made."""
-    config = run.config
-    if not config.probe_epochs or (config.sampler != "map" and config.start != "probe"):
+    if not has_probe(run.config):
         return False
     weights = not run.start_weights or run.store.exists("probe/model.safetensors")
     return not (weights and run.is_done("probe", _inputs(run, probe_task(run)), NAME))
@@ -118,7 +123,12 @@ def _announce(run: Run, task: ProbeTask) -> None:
 
 
 def _write(run: Run, task: ProbeTask, found: dict[str, Any]) -> None:
-    told = {"draw": task.draw, "sandwich": task.sandwich, "seed": task.seed, "recipe": asdict(task.recipe)}
+    told = {
+        "draw": task.draw,
+        "sandwich": task.sandwich,
+        "seed": task.seed + task.reseed,
+        "recipe": asdict(task.recipe),
+    }
     rows = [{name: row[name] for name in SCHEMA.names} for row in found.pop("rows")]
     write_probe(run.store, rows, {**found, **told})
     run.store.delete("probe/state.pt")
@@ -151,4 +161,5 @@ def probe_task(run: Run) -> ProbeTask:
         draw=config.probe_draw,
         sandwich=config.probe_sandwich,
         folder=run.store.path("probe"),
+        reseed=run.reseed,
     )

@@ -12,6 +12,7 @@ from dpt_search.config import RunConfig
 from dpt_search.map_predictor import Array
 from dpt_search.map_sampler import ratios
 from dpt_search.posterior import Data
+from dpt_search.walk_table import WalkTrial
 from search_spaces.goals import Goal
 from search_spaces.ratios import Cell, RatioSpace, spread
 
@@ -49,6 +50,7 @@ class Problem:
         seed: of all randomness.
         probe: what an elastic probe would say, and cost; None where that is not known.
         prior: [cells], an earlier run's surface; None without one.
+        walks: the published walks as recorded; none where they are not known.
     """
 
     space: RatioSpace
@@ -57,6 +59,7 @@ class Problem:
     seed: int
     probe: Probe | None = None
     prior: Array | None = None
+    walks: Sequence[WalkTrial] = ()
 
 
 class Observed:
@@ -73,6 +76,7 @@ class Observed:
         self._index = {cell: i for i, cell in enumerate(problem.space)}
         self._lines = [budget.cells for budget in problem.budgets]
         self._blend = Blend(ratios(problem.space), degree)
+        self._hints: Sequence[Array] = ()
         self.cells: list[Cell] = []
         self.accuracies: list[float] = []
 
@@ -89,6 +93,7 @@ class Observed:
 
     def take_hints(self, hints: Sequence[Array]) -> None:
         """Let the posterior know earlier surfaces."""
+        self._hints = tuple(hints)
         self._blend = Blend(ratios(self._problem.space), self._degree, hints)
 
     def posterior_mean(self) -> Array | None:
@@ -99,8 +104,13 @@ class Observed:
         return self._blend.posterior(Data.of(indices, np.array(self.accuracies))).mean
 
     def best_by_posterior(self) -> list[Cell]:
-        """Return the feasible cell with the highest posterior mean for every budget; at first the middle."""
+        """Return the feasible cell with the highest posterior mean for every budget.
+
+        Before the first observation that is the highest of the first hint, or the middle where there is none.
+        """
         mean = self.posterior_mean()
+        if mean is None and self._hints:
+            mean = self._hints[0]
         if mean is None:
             return [line[len(line) // 2] for line in self._lines]
         return [max(line, key=lambda cell: mean[self._index[cell]]) for line in self._lines]

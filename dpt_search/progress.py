@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from dpt_search.allowance import Allowance
 from dpt_search.observed import ended
 from dpt_search.store import Finished, RunStore, TrialLog
 from search_spaces.plan import PruningPlan
@@ -14,17 +15,33 @@ from search_spaces.plan import PruningPlan
 class TrialLines:
     """Says how each trial ended."""
 
-    def __init__(self, say: Callable[[str], None], log: TrialLog, max_trials: int, concurrent: int) -> None:
-        self._say, self._log, self._max_trials = say, log, max_trials
-        self._start, self._before = time.monotonic(), len(ended(log))
-        done = f", {self._before} done before" if self._before else ""
-        say(f"search: {max_trials} trials{done}, {concurrent} at a time")
+    def __init__(
+        self,
+        say: Callable[[str], None],
+        log: TrialLog,
+        max_trials: int,
+        concurrent: int,
+        allowance: Allowance | None = None,
+    ) -> None:
+        self._say, self._log, self._allowance = say, log, allowance
+        self._all = max_trials if allowance is None else allowance.most
+        self._start, self._before = time.monotonic(), self._done
+        done = f", {len(ended(log))} done before" if ended(log) else ""
+        until = f"{max_trials} trials" if allowance is None else f"until the cost is {allowance.told(self._all)}"
+        say(f"search: {until}{done}, {concurrent} at a time")
+
+    @property
+    def _done(self) -> float:
+        """Trials that ended, or what was paid, where that ends the search."""
+        trials = ended(self._log)
+        return len(trials) if self._allowance is None else self._allowance.spent(trials)
 
     def ended(self, record: Finished) -> None:
         """Say how one trial ended and how long the rest will take."""
-        done = len(ended(self._log))
-        pace = (time.monotonic() - self._start) / max(1, done - self._before)
-        left = f"{done} of {self._max_trials} done, {duration(pace * (self._max_trials - done))} left"
+        done = self._done
+        pace = (time.monotonic() - self._start) / max(1e-9, done - self._before)
+        of = f"{done} of {self._all} done" if self._allowance is None else f"cost {self._allowance.told(done)}"
+        left = f"{of}, {duration(pace * (self._all - done))} left"
         cell = PruningPlan.parse(record.plan).cell
         if record.accuracy is None:
             self._say(f"trial {record.trial} {cell}: failed: {record.error}; {left}")

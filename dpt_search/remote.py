@@ -106,6 +106,19 @@ def call(
     return pending.value()
 
 
+def call_here(target: str, *args: Any) -> Any:
+    """Call `module:function` in a fresh process of this machine, without Ray; raises what `call` does."""
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+    from multiprocessing import get_context
+
+    try:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            return _value(target, pool.submit(_call, target, args).result())
+    except BrokenProcessPool:
+        raise StageFailed(f"the process of {target} was lost") from None
+
+
 @dataclass(frozen=True)
 class Pending:
     """A call that is under way on a worker."""

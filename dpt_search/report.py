@@ -29,6 +29,7 @@ STAGES = {
     "search": "a finished trial",
     "recommend": "the recommendations",
     "finetune": "the long fine-tune",
+    "baseline": "the same fine-tune of the dense model",
     "export": "the merged model, tested and timed",
 }
 """What each stage leaves for the report, in order."""
@@ -92,13 +93,14 @@ def counts(plan: str) -> str:
 def headline(found: Found) -> str:
     """Say in one line what came out: what was measured, or else what is predicted, or else that nothing is known."""
     if found.export is not None:
-        timing, change = found.export["timing"], found.export["difference"]
+        timing, change = found.export["timing"], found.export.get("baseline", found.export)["difference"]
         batch = max(timing, key=int)
         lost, low, high = -change["mean"], -change["high"], -change["low"]
         word = "lost" if lost >= 0 else "gained"
         ends = sorted((low, high) if lost >= 0 else (-low, -high))
         interval = " to ".join(f"{100 * end:.1f}" for end in ends).replace("-", "−")
-        accuracy = f"{abs(100 * lost):.1f} points {word} (95\u00a0% interval {interval})"
+        same = " to the same training of the dense model" if "baseline" in found.export else ""
+        accuracy = f"{abs(100 * lost):.1f} points {word}{same} (95\u00a0% interval {interval})"
         return f"{_speed(timing[batch]['speedup'], batch)}, {accuracy}"
     row = found.chosen
     speedup = row["speedup"] if row else {}
@@ -117,7 +119,8 @@ def _speed(speedup: float, batch: str) -> str:
 def missing(found: Found) -> list[tuple[str, str]]:
     """Return what the run does not hold yet and the command that makes it, in the order of the stages."""
     there = (
-        found.dense, found.costs, found.ranking, found.finished, found.recommendation, found.finetune, found.export,
+        found.dense, found.costs, found.ranking, found.finished, found.recommendation, found.finetune,
+        found.baseline or not found.run["config"].get("baseline"), found.export,
     )  # fmt: skip
     where, left = shlex.quote(found.location), zip(STAGES.items(), there, strict=True)
     return [(what, f"dpt-search {name} {where}") for (name, what), value in left if not value]

@@ -26,6 +26,24 @@ _LATER = {"ranking": "taylor", "start": "dense", "keep": ""}
 PACKAGES = ("dpt-search", "torch", "timm", "ray", "optuna", "pyarrow", "numpy")
 
 
+class Session:
+    """Ray, started or joined at most once, by whoever needs it first."""
+
+    def __init__(self) -> None:
+        self._open, self._started = ExitStack(), False
+
+    def start(self, run: Run) -> None:
+        """Start or join Ray, unless that was done."""
+        if not self._started:
+            run.say("starting Ray")
+            self._open.enter_context(ray_session(run.config))
+            self._started = True
+
+    def close(self) -> None:
+        """Leave it."""
+        self._open.close()
+
+
 @dataclass
 class Run:
     """One run as the stages see it.
@@ -34,26 +52,26 @@ class Run:
         config: checked configuration.
         store: the run directory.
         say: prints a line for the user.
+        reseed: added to the seed of sampler, trials and probe, for searches that are to differ by chance alone: the
+            data stay those of the seed.
+        session: Ray, which several runs may share.
     """
 
     config: RunConfig
     store: RunStore
     say: Callable[[str], None]
-    _open: ExitStack = field(default_factory=ExitStack)
-    _ray: bool = False
+    reseed: int = 0
+    session: Session = field(default_factory=Session)
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._open.close()
+        self.session.close()
 
     def start_ray(self) -> None:
         """Start or join Ray, once; it is left when the run is."""
-        if not self._ray:
-            self.say("starting Ray")
-            self._open.enter_context(ray_session(self.config))
-            self._ray = True
+        self.session.start(self)
 
     def call(self, target: str, *args: Any, cpus: float = 1, on_wait: Callable[[], None] = lambda: None) -> Any:
         """Call a function on a worker (see `remote.call`)."""

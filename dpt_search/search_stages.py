@@ -11,11 +11,12 @@ from typing import Any
 
 from optuna.samplers import BaseSampler
 
+from dpt_search.allowance import Allowance
 from dpt_search.costs_table import read_costs
 from dpt_search.decisions import cell_costs, goals_of, measure, standing_of
 from dpt_search.hints import hints_of, prior_surface
 from dpt_search.map_predictor import Array
-from dpt_search.observed import searched, surface_trials, unfinished
+from dpt_search.observed import ended, searched, surface_trials, unfinished
 from dpt_search.probe_stage import ProbeBeside, is_missing
 from dpt_search.progress import TrialLines
 from dpt_search.recommend import Observation, recommend
@@ -30,8 +31,13 @@ from search_spaces.ratios import Cell
 from trainables.tasks import TrialTask
 
 
-def search(run: Run) -> None:
-    """Run trials until there are enough of them."""
+def search(run: Run, allowance: Allowance | None = None) -> None:
+    """Run trials until there are enough of them, or they cost as much as they may.
+
+    Args:
+        run: a run with costs and a ranking.
+        allowance: what trials and probe may cost; None for no limit.
+    """
     from dpt_search.tune_search import SearchPlan, run_search
 
     config, ranking, log = run.config, read_ranking(run), TrialLog(run.store)
@@ -41,14 +47,14 @@ def search(run: Run) -> None:
     budgets = goals_of(run)
 
     def work(_: str) -> None:
-        if not unfinished(log) and len(searched(log)) >= config.max_trials:
+        if not unfinished(log) and _is_enough(run, log, allowance):
             _make_missing_probe(run)
             check_any_finished(log)
             return
         run.start_ray()
         concurrent = _concurrent(run, budgets)
         beside = ProbeBeside.started(run, concurrent)
-        lines = TrialLines(run.say, log, config.max_trials, concurrent)
+        lines = TrialLines(run.say, log, config.max_trials, concurrent, allowance)
         plan = SearchPlan(
             name=config.sampler,
             sampler=_sampler(run, ranking, budgets, beside.hints),
@@ -56,11 +62,12 @@ def search(run: Run) -> None:
             cell_of=lambda params: cell_of(params, budgets),
             params_of=lambda cell: params_of(cell, config.sampler, ranking.space, budgets),
             ranking=ranking,
-            seed=config.seed,
+            seed=config.seed + run.reseed,
             max_trials=config.max_trials,
             max_failures=config.max_failures,
             start=config.start,
             deadline=time.time() + 3600 * config.max_hours if config.max_hours else math.inf,
+            allowance=allowance,
         )
         task = TrialTask(
             **run.task(config.cpus_per_trial),
@@ -76,8 +83,15 @@ def search(run: Run) -> None:
         log.compact()
         check_any_finished(log)
 
-    if not run.stage("search", _search_inputs(run, log), "trials", work):
+    inputs = [*_search_inputs(run, log), *([] if allowance is None else [allowance.most])]
+    if not run.stage("search", inputs, "trials", work):
         _make_missing_probe(run)
+
+
+def _is_enough(run: Run, log: TrialLog, allowance: Allowance | None) -> bool:
+    if allowance is not None and allowance.is_spent(ended(log), ()):
+        return True
+    return len(searched(log)) >= run.config.max_trials
 
 
 def _make_missing_probe(run: Run) -> None:
@@ -124,7 +138,7 @@ def check_any_finished(log: TrialLog) -> None:
 def _sampler(run: Run, ranking: Ranking, budgets: Sequence[Goal], hints: Callable[[], list[Array]]) -> BaseSampler:
     config = run.config
     return make_sampler(
-        config.sampler, ranking.space, budgets, seed=config.seed, cost=_trial_cost(run, ranking),
+        config.sampler, ranking.space, budgets, seed=config.seed + run.reseed, cost=_trial_cost(run, ranking),
         design=config.design, hints=hints,
     )  # fmt: skip
 

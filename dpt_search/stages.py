@@ -1,6 +1,6 @@
 """The stages of a run, in order; each reads and writes the run directory only.
 
-dense -> profile -> rank -> (probe beside) search -> recommend -> refine -> finetune -> export -> report
+dense -> profile -> rank -> (probe beside) search -> recommend -> refine -> finetune -> baseline -> export -> report
 """
 
 from __future__ import annotations
@@ -14,19 +14,17 @@ from typing import Any
 from dpt_search.config import BadConfig, RunConfig
 from dpt_search.costs_table import read_costs, write_costs
 from dpt_search.decisions import check_units, goals_of
+from dpt_search.export_stages import baseline, export
 from dpt_search.hints import prior_surface
 from dpt_search.probe_stage import probe
-from dpt_search.progress import EpochLines
 from dpt_search.refine import refine
 from dpt_search.run import Run, base_task, digest_of, identity_of, read_ranking
 from dpt_search.search_stages import chosen_row, recommend_stage, search
-from dpt_search.store import BadRun
-from dpt_search.verdict import verdict
+from dpt_search.training import clear, train
 from search_spaces.plan import PruningPlan
 from search_spaces.ratios import RatioSpace
 from trainables.locations import fingerprint
-from trainables.settings import Recipe
-from trainables.tasks import ExportTask, FinetuneTask, ProfileTask, RankTask
+from trainables.tasks import ProfileTask, RankTask
 
 
 def dense(run: Run) -> None:
@@ -39,7 +37,7 @@ def dense(run: Run) -> None:
         check_units(config, RatioSpace(len(units["attn"]), len(units["act"])))
         if config.adapt.epochs:
             run.say(f"adapting the dense model for {config.adapt.epochs} epochs")
-            _train(run, before, PruningPlan(), config.adapt, "dense", digest)
+            train(run, before, PruningPlan(), config.adapt, "dense", digest)
         found = run.call("trainables.dense_check:check_dense", base_task(run))
         warnings = _limits(config, found.pop("carved"))
         for warning in warnings:
@@ -56,7 +54,7 @@ def dense(run: Run) -> None:
     for location in run.config.prior:
         prior_surface(location, RatioSpace(1, 1))
     run.stage("dense", identity_of(run.config), "dense/dense.json", work)
-    _clear(run, "dense")
+    clear(run, "dense")
     found = run.store.read_json("dense/dense.json")
     check_units(run.config, RatioSpace(len(found["units"]["attn"]), len(found["units"]["act"])))
     run.say(f"dense accuracy on val {found['accuracy']:.2%} (chance {found['chance']:.1%})")
@@ -108,7 +106,8 @@ def _limits(config: RunConfig, carved: list[str]) -> list[str]:
     if config.adapt.epochs:
         limits.append(
             f"the dense model was adapted to this data for {config.adapt.epochs} epochs only: if more would help it, "
-            "trials and the fine-tune gain from training that it lacked, and pruning costs more than it seems to"
+            "trials and the fine-tune gain from training that it lacked, and pruning costs more than it seems to "
+            "(--baseline gives the dense model the long fine-tune too)"
         )
     return limits
 
@@ -158,78 +157,19 @@ def finetune(run: Run) -> None:
         run.store.delete("finetune/finetune.json")
         run.say(f"fine-tuning {chosen['plan']} for {config.finetune.epochs} epochs")
         plan = PruningPlan.parse(chosen["plan"])
-        result = _train(run, run.task(), plan, config.finetune, "finetune", digest)
+        result = train(run, run.task(), plan, config.finetune, "finetune", digest)
         run.store.write_json(
             "finetune/finetune.json", {**result, "budget": chosen["budget"], "start": config.start, "inputs": digest}
         )
 
     run.stage("finetune", _finetune_inputs(run, chosen), "finetune/finetune.json", work)
-    _clear(run, "finetune")
+    clear(run, "finetune")
 
 
 def _finetune_inputs(run: Run, chosen: dict[str, Any]) -> Any:
     weights = run.start_weights
     started = digest_of(run.store.read_json("stages/probe.json")) if weights else ""
     return [chosen["plan"], asdict(run.config.finetune), identity_of(run.config), started]
-
-
-def _train(
-    run: Run, told: dict[str, Any], plan: PruningPlan, recipe: Recipe, folder: str, digest: str
-) -> dict[str, Any]:
-    run.start_ray()
-    workers = _workers(run)
-    task = FinetuneTask(
-        **told | {"threads": run.config.cpus_per_trial},
-        recipe=recipe, plan=str(plan), folder=run.store.path(folder), inputs=digest, workers=workers,
-        start=run.start_weights if plan.units else "",
-    )  # fmt: skip
-    lines = EpochLines(run.say, run.store, f"{folder}/progress.json", digest, recipe.epochs)
-    result: dict[str, Any] = run.call(
-        "trainables.long_finetune:train_with_ray", task, run.resources, cpus=0, on_wait=lines.show
-    )
-    lines.show()
-    return result
-
-
-def _workers(run: Run) -> int:
-    """Return the number of workers: what was asked for, or what this machine holds; a cluster may still grow."""
-    from dpt_search.remote import capacity, is_cluster
-
-    wanted, held = run.config.finetune_workers, capacity(run.resources)
-    if wanted <= held or is_cluster():
-        return wanted
-    fits = max(n for n in range(1, held + 1) if wanted % n == 0)
-    run.say(f"finetune_workers is {wanted}, but this machine holds {held}: using {fits}")
-    return fits
-
-
-def _clear(run: Run, folder: str) -> None:
-    """Delete what a fine-tune goes on from, once its stage is done and recorded."""
-    for name in ("state.pt", "result.json", "progress.json"):
-        run.store.delete(f"{folder}/{name}")
-
-
-def export(run: Run) -> None:
-    """Merge, reload, compare, test once and time the fine-tuned model."""
-    found = run.store.read_json("finetune/finetune.json")
-    if found is None:
-        raise BadRun(f"nothing fine-tuned in {run.store.location!r} yet: run `dpt-search finetune` on it first")
-
-    def work(_: str) -> None:
-        task = ExportTask(
-            **run.task(),
-            plan=found["plan"],
-            weights=run.store.path("finetune/model.safetensors"),
-            folder=run.store.path("export"),
-            batches=tuple(run.config.batches),
-        )
-        summary = run.call("trainables.export:export", task)
-        told = verdict(found["budget"], summary)
-        run.store.write_json("export/summary.json", {**summary, "budget": found["budget"], "verdict": told})
-        run.say(told["text"])
-        run.say(f"merged and unmerged logits differ by {summary['largest_logit_difference']:.1e} of the largest")
-
-    run.stage("export", [found["inputs"], found["plan"], run.config.batches], "export/summary.json", work)
 
 
 def report(run: Run) -> str:
@@ -254,6 +194,7 @@ STAGES: dict[str, Callable[[Run], Any]] = {
     "recommend": recommend_stage,
     "refine": refine,
     "finetune": finetune,
+    "baseline": baseline,
     "export": export,
     "report": report,
 }

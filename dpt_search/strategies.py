@@ -15,6 +15,7 @@ from dpt_search.map_predictor import Array, MapPredictor, NotIdentified
 from dpt_search.map_sampler import MapSampler, published_walks, ratios
 from dpt_search.problem import Observed, Problem
 from dpt_search.samplers import PURE, cell_of, make_sampler, search_space
+from dpt_search.walk_table import WalkTrial
 from search_spaces.ratios import Cell
 
 
@@ -104,13 +105,6 @@ class Hinted(WholeSquare):
         self._hints = [smooth(self._problem.space, self._cells, accuracies), *self._hints]
         self._observed.take_hints(self._hints)
 
-    def choose(self) -> list[Cell]:
-        if self._observed.cells or not self._hints:
-            return super().choose()
-        index = {cell: i for i, cell in enumerate(self._problem.space)}
-        lines = (budget.cells for budget in self._problem.budgets)
-        return [max(line, key=lambda cell: self._hints[0][index[cell]]) for line in lines]
-
 
 class Walk:
     """The published procedure: single-kind and interleaved walks, one polynomial, its argmax; then nothing more."""
@@ -151,6 +145,41 @@ class Walk:
             return None
 
 
+class InheritedWalk(Walk):
+    """The published procedure as it was published: every trial starts from the weights of the one before it.
+
+    What it is told of its trials is what was recorded of them, because a trial of the table starts anew.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        """
+        Args:
+            problem: what to solve; knows of recorded walks.
+
+        Raises:
+            ValueError: it knows of none.
+        """
+        super().__init__(problem)
+        if not problem.walks:
+            raise ValueError("no recorded walks lie beside the table: `dpt-search tabulate RUN --walks` makes them")
+        self._waiting = list(problem.walks)
+        self._begun: list[WalkTrial] = []
+        self._done: set[str | None] = {None}
+
+    def ask(self) -> tuple[int, Cell] | None:
+        ready = next((trial for trial in self._waiting if trial.start_trial in self._done), None)
+        if ready is None:
+            return None
+        self._waiting.remove(ready)
+        self._begun.append(ready)
+        return len(self._begun) - 1, ready.cell
+
+    def tell(self, token: int, accuracy: float) -> None:
+        trial = self._begun[token]
+        self._done.add(trial.trial)
+        self._observed.add(trial.cell, trial.accuracy)
+
+
 def _gp_lattice(problem: Problem) -> Strategy:
     sampler = MapSampler(problem.space, problem.budgets, problem.cost, degree=0)
     return WholeSquare(problem, "map", sampler, degree=0)
@@ -171,12 +200,16 @@ def _lines(name: str, startup: int) -> Callable[[Problem], Strategy]:
 LADDER = ("gp-lattice", "map/no-probe", "map")
 """Each adds one thing to the one before: a polynomial, then the probe."""
 
+INHERITED = "walk/inherited"
+"""The strategy that needs recorded walks beside the table."""
+
 STRATEGIES: dict[str, Callable[[Problem], Strategy]] = {
     "map": lambda problem: Hinted(problem, probe=True),
     "map/no-probe": lambda problem: Hinted(problem, probe=False),
     "map/prior": lambda problem: Hinted(problem, probe=False, prior=True),
     "gp-lattice": _gp_lattice,
     "walk": Walk,
+    INHERITED: InheritedWalk,
     **{f"{name}/square": _square(name, "posterior") for name in PURE},
     **{f"{name}/nearest": _square(name, "nearest") for name in PURE},
     **{f"{name}/lines": _lines(name, 4) for name in PURE},

@@ -42,11 +42,12 @@ def _meets(row: dict[str, Any]) -> str:
 
 
 def result_table(store: RunStore) -> str:
-    """Return dense against merged: accuracy on test with intervals, parameters, MACs and measured speedup."""
+    """Return dense against merged, and the formats: accuracy on test with intervals, size and measured speed."""
     summary = store.read_json("export/summary.json")
     if summary is None:
         return "nothing exported yet"
-    dense, merged, change = summary["dense"], summary["merged"], summary["difference"]
+    dense, merged, baseline = summary["dense"], summary["merged"], summary.get("baseline")
+    change = (baseline or summary)["difference"]
     rows: list[Sequence[str]] = [
         ("accuracy on test", _accuracy(dense), _accuracy(merged), _points(change)),
         ("parameters", f"{dense['params']:,}", f"{merged['params']:,}", _ratio(dense["params"], merged["params"])),
@@ -54,12 +55,37 @@ def result_table(store: RunStore) -> str:
     ]
     for batch, timing in summary["timing"].items():
         per_second = [f"{int(batch) / timing[key]:,.0f} images/s" for key in ("dense_seconds", "merged_seconds")]
-        speedup = f"{timing['speedup']:.2f}x ({timing['low']:.2f} to {timing['high']:.2f})"
-        rows.append((f"speed at batch {batch}", *per_second, speedup))
+        rows.append((f"speed at batch {batch}", *per_second, _speedup(timing)))
+    header = ["", "dense", "merged", "change"]
+    if baseline:
+        # Only its accuracy is another than the dense model's.
+        header.insert(2, "dense, same training")
+        rows = [(name, before, "" if n else _accuracy(baseline), *rest) for n, (name, before, *rest) in enumerate(rows)]
     title = f"{summary['budget']}: {summary['plan']}  ({dense['images']} test images, {summary['device']})"
-    table = f"{title}\n\n{text_table(('', 'dense', 'merged', 'change'), rows)}"
+    formats = f"\n\n{_format_table(summary)}" if "formats" in summary else ""
     # Exports of earlier versions have no verdict.
-    return f"{table}\n\n{summary['verdict']['text']}" if "verdict" in summary else table
+    told = f"\n\n{summary['verdict']['text']}" if "verdict" in summary else ""
+    return f"{title}\n\n{text_table(header, rows)}{formats}{told}"
+
+
+def _format_table(summary: dict[str, Any]) -> str:
+    """Return one line per exported format; its speedup is over the dense model in PyTorch."""
+    batches = list(summary["timing"])
+    rows = []
+    for row in summary["formats"].values():
+        timed = [row["timing"].get(batch) for batch in batches]
+        speeds = [
+            f"{int(batch) / timing['seconds']:,.0f} images/s, {_speedup(timing)}" if timing else "not timed"
+            for batch, timing in zip(batches, timed, strict=True)
+        ]
+        rows.append((row["file"], _accuracy(row), f"{row['agreement']:.2%}", *speeds))
+    return text_table(
+        ("exported as", "accuracy on test", "chooses as unmerged", *(f"batch {b}" for b in batches)), rows
+    )
+
+
+def _speedup(timing: dict[str, float]) -> str:
+    return f"{timing['speedup']:.2f}x ({timing['low']:.2f} to {timing['high']:.2f})"
 
 
 def _accuracy(found: dict[str, float]) -> str:

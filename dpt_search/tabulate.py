@@ -8,52 +8,18 @@ from __future__ import annotations
 
 import re
 import sys
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
 from dpt_search.config import BadConfig, RunConfig, check_same_run
-from dpt_search.lease import Lease
-from dpt_search.progress import duration
-from dpt_search.remote import StageFailed, call_each, resources
-from dpt_search.run import Run, commit, digest_of, identity_of, read_ranking, versions
-from dpt_search.store import BadRun, RunStore
+from dpt_search.run import Run, commit, versions
 from dpt_search.surface_table import NAME, SCHEMA, read_rows, write_table
+from dpt_search.table_records import Job, Records, checked_ranking, inputs_of, run_missing
 from search_spaces import BadInput
 from search_spaces.plan import Ranking
 from search_spaces.ratios import Cell, RatioSpace, spread
-from trainables.tasks import TrialTask
-
-FOLDER = "table"
-SEED_STEP = 1000
-"""Apart are the seeds of two trials: an epoch's order is seeded by the trial's seed plus the epoch."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One trial of the table.
-
-    Attributes:
-        cell: what is removed.
-        seed: from 0; the seeds of a cell are its repetitions.
-        number: position among all cells and seeds; names the trial's state while it runs.
-    """
-
-    cell: Cell
-    seed: int
-    number: int
-
-    @property
-    def record(self) -> str:
-        """Name of the trial's file."""
-        return f"{self.cell.n_attn:02d}-{self.cell.n_act:02d}-{self.seed}.json"
-
-    @property
-    def trial_seed(self) -> int:
-        """The seed the trial trains with: no two trials share one, so that their noise is independent."""
-        return SEED_STEP * (1 + self.number)
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -71,6 +37,11 @@ def parse_shard(text: str) -> tuple[int, int]:
 def wanted_cells(space: RatioSpace, cells: str) -> list[Cell]:
     """Return all cells of the lattice, or those that remove an even number of units, well spread ones first."""
     return spread(space, [cell for cell in space if cells == "all" or cell.total % 2 == 0])
+
+
+def job_of(space: RatioSpace, cell: Cell, seed: int) -> Job:
+    """Return a trial of the table."""
+    return Job(cell, seed, seed * len(space) + list(space).index(cell))
 
 
 def jobs_of(space: RatioSpace, cells: str, seeds: int) -> list[Job]:
@@ -129,9 +100,8 @@ def tabulate(run: Run, request: Request, shard: tuple[int, int]) -> str:
         BadRun: the run has no ranking yet, or the shard runs already.
         StageFailed: too many trials in a row failed.
     """
-    ranking = _checked_ranking(run)
-    inputs = digest_of([identity_of(run.config), asdict(ranking)])
-    records = Records(run.store, inputs, run.config.start, _known_rows(run, ranking))
+    ranking = checked_ranking(run)
+    records = records_of(run, ranking)
     jobs = jobs_of(ranking.space, request.cells, request.seeds)
     rows = _complete(run, ranking, jobs, records, shard)
     if rows and request.close_seeds > request.seeds:
@@ -151,7 +121,7 @@ def _complete(
     """Run a shard's missing trials and return all rows; none while other shards have trials to run."""
     missing = [job for job in jobs[shard[0] :: shard[1]] if not records.has(job)]
     if missing:
-        _run_missing(run, ranking, missing, records, shard)
+        run_missing(run, ranking, missing, records, shard)
     rows = [record for job in jobs if (record := records.read(job)) is not None]
     if len(rows) == len(jobs):
         return rows
@@ -167,7 +137,12 @@ def _means(rows: list[dict[str, Any]]) -> dict[Cell, float]:
     return {cell: fmean(accuracies) for cell, accuracies in found.items()}
 
 
-def _known_rows(run: Run, ranking: Ranking) -> list[dict[str, Any]]:
+def records_of(run: Run, ranking: Ranking) -> Records:
+    """Return the trials of the run's table, in files of their own or in the table itself."""
+    return Records(run.store, inputs_of(run, ranking), run.config.start, known_rows(run, ranking))
+
+
+def known_rows(run: Run, ranking: Ranking) -> list[dict[str, Any]]:
     """Return the trials of the run's table, where it was made with this configuration and ranking."""
     if not run.store.exists(NAME):
         return []
@@ -178,95 +153,6 @@ def _known_rows(run: Run, ranking: Ranking) -> list[dict[str, Any]]:
     except BadConfig:
         return []
     return rows if made == {"attn": ranking.attn, "act": ranking.act} else []
-
-
-def _checked_ranking(run: Run) -> Ranking:
-    for name, verb in (("dense/dense.json", "dense"), ("costs.parquet", "profile")):
-        if not run.store.exists(name):
-            raise BadRun(f"no {name} in {run.store.location!r} yet: run `dpt-search {verb}` on it first")
-    if run.start_weights and not run.store.exists("probe/model.safetensors"):
-        raise BadRun(f"no probe in {run.store.location!r} yet to start from: run `dpt-search probe` on it first")
-    return read_ranking(run)
-
-
-class Records:
-    """The trials of `table/`, and of a table that is there, that were made from the same inputs."""
-
-    def __init__(
-        self, store: RunStore, inputs: str, start: str = "dense", known: Sequence[dict[str, Any]] = ()
-    ) -> None:
-        self._store, self._inputs, self._start = store, inputs, start
-        self._known = {(row["n_attn"], row["n_act"], row["seed"]): row for row in known}
-
-    def read(self, job: Job) -> dict[str, Any] | None:
-        """Return a trial's record; None when there is none of these inputs, or it is broken."""
-        known = self._known.get((job.cell.n_attn, job.cell.n_act, job.seed))
-        if known is not None:
-            return known
-        try:
-            found: dict[str, Any] | None = self._store.read_json(f"{FOLDER}/{job.record}")
-        except BadRun:
-            return None
-        return found if found is not None and found.get("inputs") == self._inputs else None
-
-    def has(self, job: Job) -> bool:
-        """Say whether a trial need not be run."""
-        return self.read(job) is not None
-
-    def write(self, job: Job, plan: str, result: dict[str, Any]) -> dict[str, Any]:
-        """Write a trial's record whole, and return it; a trial that failed has no accuracy."""
-        error = result["error"]
-        record = {
-            "n_attn": job.cell.n_attn, "n_act": job.cell.n_act, "plan": plan, "seed": job.seed, "start": self._start,
-            "trial_seed": job.trial_seed, "status": "failed" if error else "finished", "error": error,
-            "removed_accuracy": result.get("removed_accuracy"), "accuracies": result.get("accuracies", []),
-            "accuracy": None if error else result["accuracies"][-1], "cost": result.get("cost", 0.0),
-            "seconds": result.get("seconds", 0.0), "device": result.get("device", ""),
-            "versions": result.get("versions", {}), "images": result.get("images", {}), "inputs": self._inputs,
-            "time": time.time(),
-        }  # fmt: skip
-        self._store.write_json(f"{FOLDER}/{job.record}", record)
-        return record
-
-
-def _run_missing(run: Run, ranking: Ranking, missing: list[Job], records: Records, shard: tuple[int, int]) -> None:
-    """Run trials, `table/shard-I-of-N` being theirs alone: its lease keeps a second start of the shard out."""
-    own = RunStore(run.store.path(f"{FOLDER}/shard-{shard[0]}-of-{shard[1]}"))
-    with Lease(own):
-        states = own.path("states")
-        run.store.delete_dir(f"{FOLDER}/shard-{shard[0]}-of-{shard[1]}/states")
-        task = TrialTask(**run.task(threads=1), recipe=run.config.trial, checkpoints=states, start=run.start_weights)
-        plans = [str(ranking.plan(job.cell)) for job in missing]
-        told = [(task, j.number, plan, j.trial_seed) for j, plan in zip(missing, plans, strict=True)]
-        run.start_ray()
-        lines = _Lines(run.say, len(missing), run.config.max_failures)
-        each = resources(run.config, 1, run.config.devices_per_trial)
-        for position, result in call_each(each, "trainables.table_trial:run_trial", told):
-            job = missing[position]
-            record = records.write(job, plans[position], result or {"error": "its worker was lost"})
-            own.delete(f"states/{job.number:06d}.pt")
-            lines.ended(job, record)
-    run.store.delete_dir(f"{FOLDER}/shard-{shard[0]}-of-{shard[1]}")
-
-
-class _Lines:
-    """One line for every trial, with the time that is left."""
-
-    def __init__(self, say: Callable[[str], None], total: int, max_failures: int) -> None:
-        self._say, self._total, self._most = say, total, max_failures
-        self._done, self._failures, self._start = 0, 0, time.monotonic()
-        say(f"table: {total} trials to run")
-
-    def ended(self, job: Job, record: dict[str, Any]) -> None:
-        """Say how a trial ended; stop after too many failures in a row."""
-        self._done += 1
-        left = (time.monotonic() - self._start) / self._done * (self._total - self._done)
-        failed = record["accuracy"] is None
-        how = f"failed: {record['error']}" if failed else f"val {record['accuracy']:.1%}, {record['seconds']:.0f} s"
-        self._say(f"{job.cell} seed {job.seed}: {how}; {self._done} of {self._total} done, {duration(left)} left")
-        self._failures = self._failures + 1 if failed else 0
-        if self._failures >= self._most:
-            raise StageFailed(f"{self._failures} trials in a row failed; the last one: {record['error']}")
 
 
 def _row(record: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from ray import tune
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from dpt_search.observed import searched, surface_trials, unfinished
+from dpt_search.allowance import Allowance
+from dpt_search.observed import ended, searched, surface_trials, unfinished
 from dpt_search.store import Finished, Proposed, RunStore, TrialLog
 from search_spaces.plan import PruningPlan, Ranking
 from search_spaces.ratios import Cell
@@ -51,6 +52,7 @@ class SearchPlan:
         max_failures: failed trials in a row that stop the search.
         start: name of the weights that every trial starts from.
         deadline: clock time (seconds since the epoch) after which nothing is proposed.
+        allowance: what the trials and the probe may cost; None for no limit.
     """
 
     name: str
@@ -64,6 +66,7 @@ class SearchPlan:
     max_failures: int
     start: str = "dense"
     deadline: float = math.inf
+    allowance: Allowance | None = None
 
 
 class RecordedSearch(Searcher):
@@ -116,8 +119,12 @@ class RecordedSearch(Searcher):
         return _params(self._plan, plan)
 
     def _is_over(self) -> bool:
+        running = [PruningPlan.parse(each.plan).cell for each in self._running.values()]
         return bool(
-            self.stopped or len(searched(self._log)) >= self._plan.max_trials or time.time() > self._plan.deadline
+            self.stopped
+            or len(searched(self._log)) >= self._plan.max_trials
+            or time.time() > self._plan.deadline
+            or (self._plan.allowance is not None and self._plan.allowance.is_spent(ended(self._log), running))
         )
 
     def _propose(self, params: dict[str, int]) -> Proposed:

@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 
-from dpt_search.compare import POINT, Judge, compare, replay, table_noise
+from dpt_search.compare import POINT, Judge, compare, dealt, replay, table_noise
 from dpt_search.curves import mean_curve
 from dpt_search.map_sampler import published_walks
 from dpt_search.probe_seeds import ProbeSeeds
 from dpt_search.strategies import STRATEGIES
 from dpt_search.surface_table import SurfaceTable
+from dpt_search.walk_table import WalkTrial
+from dpt_search.walks import walks_of
 from search_spaces.goals import unit_goals
 from search_spaces.ratios import Cell, RatioSpace
 
@@ -30,11 +32,25 @@ def surface(seeds: int = 4, *, even: bool = False, noise: float = NOISE) -> Surf
     return SurfaceTable(SPACE, cells, accuracies, costs, {})
 
 
+def recorded(seed: int) -> list[WalkTrial]:
+    """The published walks with inheritance, which does a little good."""
+    walks, generator = walks_of(SPACE, 1), np.random.default_rng([seed, 1])
+    return [
+        WalkTrial(
+            step.name, walk[step.step - 1].name if step.step else None, step.cell,
+            truth(step.cell) + 0.001 * step.step + NOISE * generator.standard_normal(), 1.0,
+        )
+        for walk in walks
+        for step in walk
+    ]  # fmt: skip
+
+
 TABLE = surface()
+WALKS = [recorded(0), recorded(1)]
 
 
 def run(name: str, **changes):
-    settings = {"seed": 0, "workers": 1, "max_trials": 12} | changes
+    settings = {"seed": 0, "workers": 1, "max_trials": 12, "walks": WALKS} | changes
     return replay(changes.pop("table", TABLE), name, BUDGETS, **{k: v for k, v in settings.items() if k != "table"})
 
 
@@ -81,6 +97,20 @@ class TestJudge:
     def test_the_observed_seed_rotates(self):
         first = [Judge(TABLE, BUDGETS, seed).observe(Cell(2, 2)) for seed in range(4)]
         assert first == TABLE.accuracies[TABLE.cells.index(Cell(2, 2))].tolist()
+
+    def test_after_every_seed_was_observed_the_trials_are_dealt_anew_and_none_is_lost(self):
+        again = dealt(TABLE, 1)
+        assert (again.accuracies != TABLE.accuracies).any()
+        np.testing.assert_array_equal(np.sort(again.accuracies), np.sort(TABLE.accuracies))
+        row = TABLE.accuracies[TABLE.cells.index(Cell(2, 2))]
+        assert sorted(Judge(TABLE, BUDGETS, seed).observe(Cell(2, 2)) for seed in range(4, 8)) == sorted(row)
+        assert Judge(TABLE, BUDGETS, 4).observe(Cell(2, 2)) == again.accuracies[TABLE.cells.index(Cell(2, 2)), 0]
+
+    def test_cells_with_fewer_trials_keep_theirs_first(self):
+        table = surface(4)
+        table.accuracies[:30, 2:] = np.nan
+        assert np.isnan(dealt(table, 3).accuracies[:30, 2:]).all()
+        assert np.isfinite(dealt(table, 3).accuracies[:30, :2]).all()
 
     def test_a_repeated_cell_draws_unseen_seeds_then_noise_of_the_tables_size(self):
         judge = Judge(TABLE, BUDGETS, seed=1)

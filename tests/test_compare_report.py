@@ -9,6 +9,8 @@ import pytest
 
 from dpt_search.compare_report import budgets_of
 from dpt_search.surface_table import write_table
+from dpt_search.walk_table import write_walks
+from dpt_search.walks import walks_of
 from search_spaces.goals import unit_goals
 from search_spaces.plan import Ranking
 from search_spaces.ratios import RatioSpace
@@ -50,7 +52,9 @@ def test_prints_a_table_and_writes_curve_and_plot(table, tmp_path):
     with (out / "made.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert {row["strategy"] for row in rows} == {"map", "grid/lines"}
-    assert len(rows) == 16
+    assert len(rows) == 2 * 16
+    assert [float(row["cost"]) for row in rows[:3]] == [0.5, 1.0, 1.5]
+    assert "behind map at 5" in done.stdout
     assert (out / "made.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -92,3 +96,29 @@ def test_the_budgets_compared_by_default():
 def test_a_table_has_no_costs_to_answer_a_speed_by():
     with pytest.raises(ValueError, match=r"budget speedup=1\.5 needs the costs of units, .*: use units=K"):
         budgets_of("units=4 speedup=1.5", RatioSpace(12, 12))
+
+
+def test_recorded_walks_beside_the_table_are_replayed(table, tmp_path):
+    flags = ("--samplers", "walk,walk/inherited", "--seeds", 2, "--max-trials", 12)
+    done = compare(table, *flags)
+    assert done.returncode == 2
+    assert "no recorded walks lie beside the table" in done.stderr
+    steps = [step for walk in walks_of(SPACE, 1) for step in walk]
+    row = {"plan": "", "seed": 0, "removed_accuracy": 0.5, "accuracies": [], "cost": 1.0, "seconds": 1.0, "start": ""}
+    rows = [
+        {
+            **row, "n_attn": step.cell.n_attn, "n_act": step.cell.n_act, "accuracy": 0.9 - 0.01 * step.cell.total,
+            "walk": step.walk, "step": step.step, "trial": step.name, "start_trial": None, "chain_epochs": 1,
+        }
+        for step in steps
+    ]  # fmt: skip
+    write_walks(str(tmp_path / "made.walks.parquet"), SPACE, rows, {})
+    done = compare(table, *flags)
+    assert done.returncode == 0, done.stderr
+    assert "walk/inherited" in done.stdout
+
+
+def test_a_single_replay_has_no_interval(table):
+    done = compare(table, "--samplers", "map/no-probe", "--seeds", 1, "--max-trials", 5)
+    assert done.returncode == 0, done.stderr
+    assert " to " not in done.stdout.split("map/no-probe")[1]

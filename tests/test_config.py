@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dpt_search.config import BadConfig, RunConfig, check, check_same_run, identity
-from dpt_search.options import read_config
+from dpt_search.options import DESCRIPTIONS, read_config
 from dpt_search.run import identity_of
 from dpt_search.store import RunStore
 from trainables.settings import DataSettings, ModelSettings, Recipe
@@ -19,7 +19,7 @@ MAY_GROW = {
     "run_dir", "budget", "finetune_budget", "max_trials", "max_hours", "trial_timeout", "max_concurrent",
     "max_failures", "cpus_per_trial", "devices_per_trial", "finetune_workers", "data.cache_dir", "data.workers",
     "data.root", "timing_batches", "timing_seconds", "sampler", "design", "probe_epochs", "probe_lr", "probe_draw",
-    "probe_sandwich", "probe_cells", "refine", "prior", "max_attn", "max_act",
+    "probe_sandwich", "probe_cells", "refine", "prior", "max_attn", "max_act", "baseline", "export_formats",
     *(f"finetune.{f.name}" for f in fields(Recipe)),
 }  # fmt: skip
 AT_LEAST = {
@@ -248,7 +248,7 @@ def test_a_run_directorys_own_configuration_is_what_flags_go_over(tmp_path: Path
     again = replace(mine, run_dir=store.location)
     assert read("run", "--run-dir", store.location) == again
     assert read("run", f"--run-dir={store.location}", "--max-trials=20") == replace(again, max_trials=20)
-    for verb in ("dense", "profile", "rank", "probe", "search", "recommend", "refine", "finetune", "export", "report"):
+    for verb in (name for name in DESCRIPTIONS if name != "run"):
         assert read(verb, store.location) == again
     check_same_run(recorded(mine), again)
 
@@ -276,3 +276,20 @@ def test_what_the_shared_weights_are_trained_on_may_not_change_under_trials_that
             check_same_run(asdict(drawn), now)
     uniform = replace(BASE, start="probe")
     check_same_run(asdict(uniform), replace(uniform, budget="units=2", probe_cells=7))
+
+
+@pytest.mark.parametrize("flags", [["--baseline"], ["--baseline", "true"], ["--baseline=true"]])
+def test_a_baseline_needs_no_value_and_stands_anywhere(tmp_path: Path, flags: list[str]) -> None:
+    RunStore(str(tmp_path)).write_json("run.json", {"config": asdict(replace(BASE, run_dir=str(tmp_path)))})
+    for order in ([*flags, str(tmp_path)], [str(tmp_path), *flags], [str(tmp_path), *flags, "--max-trials", "3"]):
+        assert read_config("export", order) == replace(
+            BASE, run_dir=str(tmp_path), baseline=True, max_trials=3 if "3" in order else BASE.max_trials
+        )
+    assert not read_config("export", [str(tmp_path), "--baseline", "false"]).baseline
+
+
+def test_formats_are_written_in_their_own_order_and_others_are_refused() -> None:
+    assert replace(BASE, export_formats="onnx, safetensors").formats == ("safetensors", "onnx")
+    for text in ("pt2,onnx", "safetensors,tflite", ""):
+        with pytest.raises(BadConfig, match="export_formats"):
+            check(replace(BASE, export_formats=text))

@@ -76,7 +76,7 @@ class TestAFinishedRun:
         run, _ = finished
         for name in ("run.json", "costs.parquet", "ranking.json", "recommendation.json", "report.html"):
             assert (run / name).stat().st_size > 0
-        for name in ("model.safetensors", "plan.json", "summary.json"):
+        for name in ("model.safetensors", "model.pt2", "model.onnx", "plan.json", "summary.json"):
             assert (run / "export" / name).stat().st_size > 0
         assert pq.read_metadata(run / "probe.parquet").num_rows == 33
         assert not (run / "probe" / "state.pt").exists()
@@ -193,6 +193,27 @@ def test_a_killed_fine_tune_goes_on_from_its_last_epoch(finished, tmp_path):
         return [(epoch["loss"], epoch["accuracy"]) for epoch in found["epochs"]]
 
     assert epochs(again) == epochs(finished[0])
+
+
+def test_a_baseline_is_the_same_training_of_the_dense_model_and_the_export_says_so(finished, tmp_path):
+    again = tmp_path / "again"
+    shutil.copytree(finished[0], again)
+    done = dpt_search("export", again, "--baseline", "--export-formats", "safetensors")
+    assert done.returncode == 2
+    assert "run `dpt-search baseline` on it first" in done.stderr
+    done = dpt_search("run", "--run-dir", again, "--baseline", "--export-formats", "safetensors")
+    assert done.returncode == 0, done.stderr
+    assert "finetune: already done" in done.stdout and "dense, same training" in done.stdout
+    trained, merged = (json.loads((again / n / f"{n}.json").read_text()) for n in ("baseline", "finetune"))
+    assert (trained["plan"], len(trained["epochs"])) == ("dense", len(merged["epochs"]))
+    summary = json.loads((again / "export" / "summary.json").read_text())
+    assert summary["baseline"]["accuracy"] != summary["dense"]["accuracy"]
+    lost = summary["merged"]["accuracy"] - summary["baseline"]["accuracy"]
+    assert summary["baseline"]["difference"]["mean"] == pytest.approx(lost)
+    assert not (again / "baseline" / "state.pt").exists()
+    assert not (again / "export" / "model.onnx").exists()
+    done = dpt_search("run", "--run-dir", again)
+    assert "baseline: already done" in done.stdout and "export: already done" in done.stdout
 
 
 def test_a_trial_whose_worker_is_killed_goes_on_from_its_last_epoch(finished, small, tmp_path):

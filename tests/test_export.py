@@ -18,15 +18,18 @@ from search_spaces.plan import PruningPlan, Unit
 from search_spaces.timm_compat import timm
 from trainables.checkpoints import load_state
 from trainables.dense import BadModel, load_weights, read_weights
-from trainables.engine import evaluate
+from trainables.engine import choices, evaluate
 from trainables.export import BadMerge, check_reloaded, export, load_pruned
+from trainables.formats import BadFormat, load_format, write_formats
 from trainables.intervals import accuracy_interval, median_interval, paired_difference
 from trainables.long_finetune import finetune
 from trainables.settings import Recipe
-from trainables.tasks import ExportTask, FinetuneTask, ProfileTask
+from trainables.tasks import FORMATS, ExportTask, FinetuneTask, ProfileTask
 from trainables.timing import count_macs, count_params, interleaved_seconds, merged_without, profile
 from trainables.workspace import Workspace
 
+# To convert a model to ONNX alone takes seconds on an idle core.
+pytestmark = pytest.mark.timeout(300)
 PLAN = "attn:1 act:0,2"
 RECIPE = Recipe(epochs=2, batch_size=32, lr=0.02, ema=0.9)
 
@@ -103,7 +106,6 @@ def test_an_export_computes_what_the_unmerged_model_does(exported):
     assert 0 <= summary["largest_logit_difference"] <= 1e-4
 
 
-@pytest.mark.timeout(120)
 def test_an_export_loads_elsewhere_by_the_packages_own_function(exported, tmp_path):
     task, _ = exported
     code = (
@@ -123,7 +125,7 @@ def test_an_export_loads_elsewhere_by_the_packages_own_function(exported, tmp_pa
 def test_the_files_of_an_export_are_written_and_say_what_they_are(exported):
     task, summary = exported
     folder = Path(task.folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "plan.json", "summary.json"]
+    assert {path.name for path in folder.iterdir()} == {*FORMATS.values(), "plan.json", "summary.json"}
     assert json.loads((folder / "summary.json").read_text()) == summary
     description = json.loads((folder / "plan.json").read_text())
     assert description["plan"] == PLAN
@@ -156,7 +158,118 @@ def test_the_summary_holds_the_tested_accuracy_size_and_speed_of_both(exported):
         assert timing["dense_seconds"] > 0
 
 
-@pytest.mark.timeout(120)
+LOADED_ALONE = {
+    "pt2": (
+        "import sys, numpy, torch\n"
+        "model = torch.export.load(sys.argv[1]).module()\n"
+        "logits = lambda pixels: model(torch.from_numpy(pixels)).detach().numpy()\n"
+    ),
+    "onnx": (
+        "import sys, numpy, onnxruntime\n"
+        "session = onnxruntime.InferenceSession(sys.argv[1], providers=['CPUExecutionProvider'])\n"
+        "logits = lambda pixels: session.run(['logits'], {'pixels': pixels})[0]\n"
+        "assert 'torch' not in sys.modules\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOADED_ALONE)
+def test_a_format_loads_without_this_package_and_takes_any_batch(exported, tmp_path, name):
+    task, _ = exported
+    code = (
+        f"{LOADED_ALONE[name]}"
+        "numpy.savez(sys.argv[2], *(logits(numpy.load(given)) for given in sys.argv[3:]))\n"
+        "assert not {'dpt_search', 'trainables', 'search_spaces', 'timm'} & set(sys.modules)\n"
+    )
+    batches = [torch.randn(images, 1, 28, 28) for images in (1, 3, 16)]
+    given = [tmp_path / f"{len(pixels)}.npy" for pixels in batches]
+    for path, pixels in zip(given, batches, strict=True):
+        np.save(path, pixels.numpy())
+    command = [sys.executable, "-I", "-c", code, f"{task.folder}/{FORMATS[name]}", tmp_path / "logits.npz", *given]
+    done = subprocess.run([str(part) for part in command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    model, found = unmerged(task), np.load(tmp_path / "logits.npz")
+    for pixels, logits in zip(batches, found.values(), strict=True):
+        with torch.inference_mode():
+            expected = model(pixels).numpy()
+        assert logits.shape == expected.shape
+        assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_every_format_is_tested_and_timed_after_loading(exported):
+    task, summary = exported
+    workspace = Workspace(task)
+    test = workspace.images("test", may_read_test=True)
+    expected = choices(unmerged(task), test, workspace.device)
+    assert list(summary["formats"]) == list(FORMATS)
+    for name, row in summary["formats"].items():
+        loaded = load_pruned(task.folder)
+        if name != "safetensors":
+            loaded = load_format(f"{task.folder}/{FORMATS[name]}", workspace.device)
+        chosen = choices(loaded, test, workspace.device)
+        assert row["accuracy"] == np.mean(chosen == test.labels)
+        assert row["agreement"] == np.mean(chosen == expected) == 1
+        assert (row["file"], row["images"], row["device"]) == (FORMATS[name], 60, "cpu")
+        assert 0 <= row["largest_logit_difference"] <= 1e-4
+        for batch in ("1", "4"):
+            timing = row["timing"][batch]
+            assert timing["low"] <= timing["speedup"] <= timing["high"]
+    assert summary["formats"]["safetensors"]["timing"]["4"]["seconds"] == summary["timing"]["4"]["merged_seconds"]
+
+
+def test_only_the_formats_asked_for_are_written_and_a_baseline_is_compared(exported, tmp_path):
+    task, summary = exported
+    baseline = FinetuneTask(task.model, task.data, 0, "cpu", 1, RECIPE, "dense", str(tmp_path / "baseline"), "inputs")
+    finetune(baseline, lambda record: None)
+    small = replace(task, folder=str(tmp_path / "of"), formats=("safetensors",), baseline=baseline.weights)
+    found = export(small)
+    assert list(found["formats"]) == ["safetensors"]
+    assert not {"model.pt2", "model.onnx"} & {path.name for path in Path(small.folder).iterdir()}
+    dense = Workspace(task).dense
+    load_weights(dense, read_weights(baseline.weights), "")
+    test = Workspace(task).images("test", may_read_test=True)
+    trained, merged = (evaluate(model, test, torch.device("cpu")) for model in (dense, unmerged(task)))
+    assert found["baseline"]["accuracy"] == np.mean(trained) != found["dense"]["accuracy"]
+    assert found["baseline"]["difference"] == paired_difference(trained, merged)
+    assert found["baseline"]["macs"] == found["dense"]["macs"]
+    assert all(found[name] == summary[name] for name in ("dense", "merged", "difference"))
+    assert "baseline" not in summary
+
+
+@pytest.mark.parametrize(("name", "factor"), [("pt2", 1.01), ("onnx", float("nan"))])
+def test_a_wrong_merge_is_caught_in_every_format(exported, tmp_path, name, factor):
+    task, _ = exported
+    wrong = load_pruned(task.folder)
+    with torch.no_grad():
+        wrong.blocks[2].mlp.weight *= factor
+    write_formats([name], str(tmp_path), wrong, (1, 28, 28))
+    with pytest.raises(BadMerge, match=f"as {name}, differs from the unmerged one by"):
+        check_reloaded(str(tmp_path), name, unmerged(task), Workspace(task).images("val"))
+
+
+@pytest.mark.parametrize("name", LOADED_ALONE)
+def test_a_format_that_does_not_load_is_refused(exported, tmp_path, name):
+    task, _ = exported
+    (tmp_path / FORMATS[name]).write_bytes(b"gone")
+    with pytest.raises(BadMerge, match=f"as {name}, does not load in a fresh process: ") as raised:
+        check_reloaded(str(tmp_path), name, unmerged(task), Workspace(task).images("val"))
+    assert "\n" not in str(raised.value)
+    for location, words in ((FORMATS[name], "cannot load"), (f"nowhere/{FORMATS[name]}", "does not exist")):
+        with pytest.raises(BadFormat, match=words):
+            load_format(str(tmp_path / location), torch.device("cpu"))
+
+
+class Unwritable(torch.nn.Module):
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels if pixels.sum() > 0 else -pixels
+
+
+def test_a_model_that_cannot_be_written_says_what_to_do(tmp_path):
+    with pytest.raises(BadFormat, match=r"cannot write the model as pt2: .*leave it out of --export-formats") as raised:
+        write_formats(["pt2"], str(tmp_path), Unwritable(), (1, 28, 28))
+    assert "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
 def test_an_export_that_computes_something_else_is_refused(exported, tmp_path, factor):
     task, _ = exported
@@ -166,16 +279,15 @@ def test_an_export_that_computes_something_else_is_refused(exported, tmp_path, f
     weights["blocks.2.mlp.weight"] *= factor
     safetensors.torch.save_file(weights, folder / "model.safetensors")
     with pytest.raises(BadMerge, match="differs from the unmerged one by"):
-        check_reloaded(str(folder), unmerged(task), Workspace(task).images("val"))
+        check_reloaded(str(folder), "safetensors", unmerged(task), Workspace(task).images("val"))
 
 
-@pytest.mark.timeout(120)
 def test_an_export_that_does_not_load_is_refused(exported, tmp_path):
     task, _ = exported
     shutil.copytree(task.folder, tmp_path / "copy")
     (tmp_path / "copy" / "model.safetensors").write_bytes(b"gone")
     with pytest.raises(BadMerge, match=r"does not load in a fresh process: .*cannot read weights") as raised:
-        check_reloaded(str(tmp_path / "copy"), unmerged(task), Workspace(task).images("val"))
+        check_reloaded(str(tmp_path / "copy"), "safetensors", unmerged(task), Workspace(task).images("val"))
     assert "\n" not in str(raised.value)
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpt_search.kernel import Hyperparameters
+from dpt_search.kernel import FittedKernel, Hyperparameters
 from dpt_search.map_predictor import MapPredictor, monomials
 from dpt_search.map_sampler import ratios
 from dpt_search.posterior import Data, Surface
@@ -75,7 +75,7 @@ def test_marginal_likelihood_gradient(seed, n):
     data = Data.of(*observe(quadratic(seed), n, 0.004, seed))
     hyper = Hyperparameters()
     surface = Surface(POINTS, 2, [quadratic(seed + 1)])
-    kernel = surface._kernel.at(data.cells)
+    kernel = FittedKernel(surface._kernel, data.cells)
     _, gradient = surface._negative_log_likelihood(data, kernel, hyper)
     for name in gradient:
         low, high = (
@@ -87,10 +87,27 @@ def test_marginal_likelihood_gradient(seed, n):
         assert gradient[name] == pytest.approx((high - low) / 2e-5, rel=1e-3, abs=1e-3)
 
 
+@given(seed=st.integers(0, 10_000), n=st.integers(1, 30))
+def test_what_is_fitted_is_the_prior(seed, n):
+    surface, cells = Surface(POINTS, 2, [quadratic(seed)]), np.random.default_rng(seed).permutation(len(POINTS))[:n]
+    for hyper in (Hyperparameters(), Hyperparameters(length=0.2, cliff_act=0.5, joint=0.3)):
+        fitted, _ = FittedKernel(surface._kernel, cells).at(hyper)
+        np.testing.assert_allclose(fitted, surface._kernel.between(hyper, cells, cells), rtol=1e-10, atol=1e-14)
+
+
+@given(seed=st.integers(0, 10_000), n=st.integers(1, 30))
+def test_some_cells_are_believed_what_they_are_among_all(seed, n):
+    data = Data.of(*observe(quadratic(seed), n, 0.004, seed))
+    cells = np.random.default_rng(seed).permutation(len(POINTS))[:20]
+    all_of_them, some = (SURFACE.posterior(data, Hyperparameters(), asked) for asked in (None, cells))
+    np.testing.assert_allclose(some.mean, all_of_them.mean[cells], atol=1e-12)
+    np.testing.assert_allclose(some.covariance, all_of_them.covariance[np.ix_(cells, cells)], atol=1e-12)
+
+
 def test_every_hyperparameter_is_learnt():
     surface = Surface(POINTS, 2, [quadratic(7)])
     data = Data.of(np.array([3]), np.array([0.8]))
-    _, gradient = surface._negative_log_likelihood(data, surface._kernel.at(data.cells), Hyperparameters())
+    _, gradient = surface._negative_log_likelihood(data, FittedKernel(surface._kernel, data.cells), Hyperparameters())
     assert set(gradient) == {f.name for f in fields(Hyperparameters)}
 
 

@@ -14,6 +14,7 @@ from dpt_search.costs_table import write_costs
 from dpt_search.evidence import read_run
 from dpt_search.report import headline, missing, write_report
 from dpt_search.store import BadRun, Finished, Proposed, RunStore, TrialLog
+from dpt_search.summary import result_table
 from search_spaces.plan import Ranking
 from search_spaces.ratios import Cell
 from trainables.settings import DataSettings, ModelSettings
@@ -116,7 +117,13 @@ def write_export(store: RunStore) -> None:
     rest = {"largest_logit_difference": 3.1e-7, "device": "Xeon", "threads": 2, "dtype": "float32", "compiled": False}
     summary = {"plan": str(RANKING.plan(Cell(2, 8))), "budget": "units=10", "dense": dense, "merged": merged}
     change = {"mean": -0.006, "low": -0.0118, "high": -0.0002}
-    store.write_json("export/summary.json", {**summary, "difference": change, "timing": timing, **rest, "versions": {}})
+    row = {**merged, "device": "cpu", "agreement": 0.99975, "largest_logit_difference": 4.1e-7}
+    speeds = {batch: {"seconds": t["merged_seconds"] / 2, "speedup": 2 * t["speedup"], "low": 2.1, "high": 3.1}
+              for batch, t in timing.items()}  # fmt: skip
+    formats = {"pt2": {**row, "file": "model.pt2", "timing": speeds}}
+    formats["onnx"] = {**row, "file": "model.onnx", "images": 1000, "timing": {}}
+    measured = {"difference": change, "timing": timing, "formats": formats}
+    store.write_json("export/summary.json", {**summary, **measured, **rest, "versions": {}})
 
 
 STAGES = {
@@ -239,6 +246,63 @@ def test_headline_does_not_flatter(tmp_path, mean, speedup, expected):
     summary["timing"] = {"8": {**summary["timing"]["64"], "speedup": speedup}}
     store.write_json("export/summary.json", summary)
     assert headline(read_run(store)).replace("\u00a0", " ") == expected
+
+
+def test_formats_are_listed_with_what_they_are_worth(full):
+    store, page = full
+    for text in (page, result_table(store)):
+        rows = " ".join(text.split())
+        for words in ("model.pt2", "3,657", "2.86x", "99.98", "model.onnx", "not timed"):
+            assert words in rows, words
+    assert "<small>1,000 images</small>" in page
+
+
+def test_an_export_of_before_the_formats_still_has_a_page(tmp_path):
+    store = write_run(tmp_path, list(STAGES))
+    summary = store.read_json("export/summary.json")
+    del summary["formats"]
+    store.write_json("export/summary.json", summary)
+    assert "model.pt2" not in page_of(store) + result_table(store)
+
+
+def with_baseline(store: RunStore) -> None:
+    run = store.read_json("run.json")
+    store.write_json("run.json", {**run, "config": {**run["config"], "baseline": True}})
+    store.write_json("baseline/baseline.json", {"plan": "dense", "inputs": "x"})
+
+
+def test_what_pruning_costs_is_told_against_the_same_training(tmp_path):
+    store = write_run(tmp_path, list(STAGES))
+    with_baseline(store)
+    assert "the export was made without it: export again" in page_of(store)
+    summary = store.read_json("export/summary.json")
+    summary["baseline"] = {**summary["dense"], "accuracy": 0.8625, "low": 0.851, "high": 0.873}
+    summary["baseline"]["difference"] = {"mean": -0.013, "low": -0.019, "high": -0.007}
+    summary["difference"] = {"mean": 0.004, "low": 0.001, "high": 0.007}
+    store.write_json("export/summary.json", summary)
+    page, text = page_of(store), result_table(store)
+    assert "1.3 points lost to the same training of the dense model (95 % interval 0.7 to 1.9)</h1>" in page
+    for words in ("dense, same training", "86.2 %", "−1.30 points", "+0.40 points"):
+        assert words in page, words
+    assert "--baseline" not in page and "export again" not in page
+    header, _, accuracy, parameters = text.splitlines()[2:6]
+    assert header.split("  ")[0] == "" and "dense, same training" in header
+    assert "86.25%" in accuracy and "-1.30 points" in accuracy
+    assert parameters.split("  ")[-1] == "1.77x fewer"
+
+
+def test_extra_training_that_hides_the_loss_names_the_flag(tmp_path):
+    store = write_run(tmp_path, list(STAGES))
+    summary = store.read_json("export/summary.json")
+    store.write_json("export/summary.json", {**summary, "difference": {"mean": 0.004, "low": 0.001, "high": 0.007}})
+    assert "--baseline gives the dense model the same" in page_of(store)
+
+
+def test_a_baseline_that_was_asked_for_is_missing_until_it_is_there(tmp_path):
+    store = write_run(tmp_path, list(STAGES))
+    with_baseline(store)
+    store.delete("baseline/baseline.json")
+    assert [command for _, command in missing(read_run(store))] == [f"dpt-search baseline {tmp_path}"]
 
 
 def test_results_of_an_older_plan_are_called_out(tmp_path):

@@ -18,14 +18,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpt_search import tabulate as module
+from dpt_search import table_records as module
 from dpt_search.config import RunConfig
 from dpt_search.costs_table import write_costs
 from dpt_search.remote import StageFailed
 from dpt_search.run import configured_run
 from dpt_search.store import BadRun, RunStore
 from dpt_search.surface_table import read_table
-from dpt_search.tabulate import Job, Request, close_jobs, jobs_of, parse_shard, tabulate, wanted_cells
+from dpt_search.table_records import Job
+from dpt_search.tabulate import Request, close_jobs, jobs_of, parse_shard, tabulate, wanted_cells
 from search_spaces import BadInput
 from search_spaces.plan import PruningPlan
 from search_spaces.ratios import Cell, RatioSpace, spread

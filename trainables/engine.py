@@ -21,6 +21,7 @@ from search_spaces.timm_compat import timm
 from trainables.data import ImageSet
 from trainables.devices import DEVICES, autocast, synchronise
 from trainables.settings import Recipe
+from trainables.splits import Indices
 
 Module = nn.Module
 
@@ -219,15 +220,21 @@ def distillation_loss(logits: torch.Tensor, taught: torch.Tensor, recipe: Recipe
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * t * t
 
 
-@torch.inference_mode()
 def evaluate(
     model: Module, images: ImageSet, device: torch.device, *, amp: bool = True, batch_size: int = 256, workers: int = 0
 ) -> NDArray[np.bool_]:
     """Return, for every image in order, whether the model's first choice is right; shape (images,)."""
+    return choices(model, images, device, amp=amp, batch_size=batch_size, workers=workers) == images.labels
+
+
+@torch.inference_mode()
+def choices(
+    model: Module, images: ImageSet, device: torch.device, *, amp: bool = True, batch_size: int = 256, workers: int = 0
+) -> Indices:
+    """Return the model's first choice for every image in order; shape (images,)."""
     model = model.to(device).eval()
-    right = []
-    for pixels, labels in images.eval_batches(batch_size, workers):
+    chosen = []
+    for pixels, _ in images.eval_batches(batch_size, workers):
         with autocast(device, amp):
-            chosen = model(pixels.to(device)).argmax(dim=1)
-        right.append(chosen.cpu().numpy() == labels.numpy())
-    return np.concatenate(right)
+            chosen.append(model(pixels.to(device)).argmax(dim=1).cpu().numpy())
+    return np.concatenate(chosen)

@@ -21,16 +21,20 @@ from search_spaces.plan import PruningPlan
 from trainables.data import ImageSet
 from trainables.dense import build_model, load_weights, read_weights
 from trainables.devices import describe
-from trainables.engine import evaluate
+from trainables.engine import choices
+from trainables.formats import STANDALONE, load_format, on_this_disk, write_formats
 from trainables.intervals import accuracy_interval, paired_difference
 from trainables.locations import read_bytes, write_bytes
 from trainables.settings import ModelSettings
-from trainables.tasks import ExportTask
-from trainables.timing import compared, count_macs, count_params, interleaved_seconds
+from trainables.splits import Indices
+from trainables.tasks import FORMATS, ExportTask
+from trainables.timing import against_dense, count_macs, count_params, interleaved_seconds, speed
 from trainables.workspace import Workspace, versions
 
 LARGEST_DIFFERENCE = 1e-4
 """Bound on the largest logit difference of merged and unmerged, over the largest unmerged logit, in float32."""
+ELSEWHERE_IMAGES = 1000
+"""About how many test images a format is tested on that does not run on the run's accelerator."""
 
 
 class BadMerge(RuntimeError):
@@ -38,42 +42,107 @@ class BadMerge(RuntimeError):
 
 
 def export(task: ExportTask) -> dict[str, Any]:
-    """Write `model.safetensors`, `plan.json` and `summary.json`, and return the summary.
+    """Write the merged model in every format, `plan.json` and `summary.json`, and return the summary.
 
     Raises:
-        BadMerge: the reloaded model's logits are not the unmerged model's.
+        BadMerge: the logits of a format, as reloaded, are not the unmerged model's.
+        BadFormat: the model cannot be written in a format.
     """
     workspace = Workspace(task)
-    plan = PruningPlan.parse(task.plan)
-    unmerged = workspace.pruned(plan)
+    unmerged = workspace.pruned(PruningPlan.parse(task.plan))
     load_weights(unmerged, read_weights(task.weights), task.weights)
     write_model(task, workspace, unmerged.eval())
+    merged, device = load_pruned(task.folder), workspace.device
+    others = [name for name in task.formats if name != "safetensors"]
+    write_formats(others, task.folder, merged, workspace.view.input_size)
 
     test = workspace.images("test", may_read_test=True)
-    difference = check_reloaded(task.folder, unmerged, test)
-    merged = load_pruned(task.folder)
-    device = workspace.device
-    right = {"dense": evaluate(workspace.dense, test, device), "merged": evaluate(merged, test, device)}
-    models = {"dense": workspace.dense, "merged": merged}
-    size = workspace.view.input_size
+    differences = {name: check_reloaded(task.folder, name, unmerged, test) for name in ("safetensors", *others)}
+    loaded = {name: load_format(f"{task.folder}/{FORMATS[name]}", device) for name in others}
+    models = {"dense": workspace.dense, "safetensors": merged, **loaded}
+    timing = _timed(task, models, workspace)
+    chosen = {
+        name: choices(model, _seen_by(name, test, device), _device_of(name, device))
+        for name, model in {**models, **_baseline(task, workspace), "unmerged": unmerged}.items()
+    }
     summary: dict[str, Any] = {
-        "plan": str(plan),
-        **{
-            name: {**accuracy_interval(right[name]), "images": len(test), "params": count_params(model),
-                   "macs": count_macs(model, size)}
-            for name, model in models.items()
+        "plan": task.plan,
+        **_compared(chosen, {**models, "baseline": workspace.dense}, test, workspace.view.input_size),
+        "timing": {batch: against_dense(found["dense"], found["safetensors"]) for batch, found in timing.items()},
+        "formats": {
+            name: {
+                **_tested(name, chosen, test, device),
+                "largest_logit_difference": differences[name],
+                "timing": {batch: found[name] for batch, found in timing.items() if name in found},
+            }
+            for name in differences
         },
-        "difference": paired_difference(right["dense"], right["merged"]),
-        "timing": {str(b): _timing(models, torch.randn(b, *size, device=device), task.repeats) for b in task.batches},
-        "largest_logit_difference": difference,
+        "largest_logit_difference": differences["safetensors"],
         "device": describe(device),
         "threads": torch.get_num_threads(),
         "dtype": "float32" if device.type == "cpu" else "autocast",
         "compiled": False,
         "versions": versions(),
-    }  # fmt: skip
+    }
     write_bytes(f"{task.folder}/summary.json", json.dumps(summary, indent=1).encode())
     return summary
+
+
+def _baseline(task: ExportTask, workspace: Workspace) -> dict[str, torch.nn.Module]:
+    """Return the dense model after the same fine-tune, where it had one."""
+    if not task.baseline:
+        return {}
+    model = copy.deepcopy(workspace.dense)
+    load_weights(model, read_weights(task.baseline), task.baseline)
+    return {"baseline": model}
+
+
+def _compared(
+    chosen: dict[str, Indices], models: dict[str, torch.nn.Module], test: ImageSet, size: tuple[int, int, int]
+) -> dict[str, Any]:
+    """Return accuracy and size of dense, merged and, where there is one, the baseline, with paired differences."""
+    names = {"dense": "dense", "merged": "safetensors", "baseline": "baseline"}
+    right = {name: chosen[given] == test.labels for name, given in names.items() if given in chosen}
+    found: dict[str, Any] = {
+        name: {
+            **accuracy_interval(right[name]),
+            "images": len(test),
+            "params": count_params(models[names[name]]),
+            "macs": count_macs(models[names[name]], size),
+        }
+        for name in right
+    }
+    found["difference"] = paired_difference(right["dense"], right["merged"])
+    if "baseline" in right:
+        found["baseline"]["difference"] = paired_difference(right["baseline"], right["merged"])
+    return found
+
+
+def _tested(name: str, chosen: dict[str, Indices], test: ImageSet, device: torch.device) -> dict[str, Any]:
+    """Return a format's accuracy on test, and on which share of the images it chooses as the unmerged model does."""
+    step = _step(name, len(test), device)
+    return {
+        "file": FORMATS[name],
+        "device": _device_of(name, device).type,
+        "images": len(chosen[name]),
+        **accuracy_interval(chosen[name] == test.labels[::step]),
+        "agreement": float(np.mean(chosen[name] == chosen["unmerged"][::step])),
+    }
+
+
+def _seen_by(name: str, test: ImageSet, device: torch.device) -> ImageSet:
+    step = _step(name, len(test), device)
+    return ImageSet(test.pixels[::step], test.labels[::step], test.view)
+
+
+def _step(name: str, images: int, device: torch.device) -> int:
+    """Return that a model is tested on every n-th image: on all, unless it runs elsewhere than the run does."""
+    return 1 if _device_of(name, device) == device else max(1, images // ELSEWHERE_IMAGES)
+
+
+def _device_of(name: str, device: torch.device) -> torch.device:
+    """Return where a format runs: ONNX on the CPU, because onnxruntime's accelerators are packages of their own."""
+    return torch.device("cpu") if name == "onnx" else device
 
 
 def write_model(task: ExportTask, workspace: Workspace, unmerged: torch.nn.Module) -> None:
@@ -106,8 +175,14 @@ def load_pruned(path: str) -> torch.nn.Module:
     return model.eval()
 
 
-def check_reloaded(folder: str, unmerged: torch.nn.Module, images: ImageSet) -> float:
+def check_reloaded(folder: str, name: str, unmerged: torch.nn.Module, images: ImageSet) -> float:
     """Compare the unmerged model with the export as a fresh process loads it, on up to 64 images.
+
+    Args:
+        folder: the export.
+        name: of `FORMATS`; all but safetensors have to load where this package is not installed.
+        unmerged: the fine-tuned model.
+        images: what to compare on.
 
     Returns:
         The largest logit difference over the largest unmerged logit.
@@ -118,32 +193,45 @@ def check_reloaded(folder: str, unmerged: torch.nn.Module, images: ImageSet) -> 
     pixels, _ = next(images.eval_batches(64))
     with torch.inference_mode():
         expected = unmerged.cpu()(pixels).numpy()
-    found = _logits_of_fresh_process(folder, pixels.numpy())
+    found = _logits_of_fresh_process(folder, name, pixels.numpy())
     difference = float(np.abs(found - expected).max() / np.abs(expected).max())
     if not difference <= LARGEST_DIFFERENCE:
         raise BadMerge(
-            f"the merged model in {folder} differs from the unmerged one by {difference:.2e} of the largest logit "
-            f"(allowed: {LARGEST_DIFFERENCE:.0e}): the export cannot be trusted, please report this"
+            f"the merged model in {folder}, as {name}, differs from the unmerged one by {difference:.2e} of the "
+            f"largest logit (allowed: {LARGEST_DIFFERENCE:.0e}): the export cannot be trusted, please report this"
         )
     return difference
 
 
-def _logits_of_fresh_process(folder: str, pixels: np.ndarray) -> np.ndarray:
+def _logits_of_fresh_process(folder: str, name: str, pixels: np.ndarray) -> np.ndarray:
     with tempfile.TemporaryDirectory() as scratch:
         given, made = Path(scratch, "pixels.npy"), Path(scratch, "logits.npy")
         np.save(given, pixels)
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        command = [sys.executable, "-m", "trainables.export", folder, str(given), str(made)]
+        program, where = ["-m", "trainables.export"], folder
+        if name in STANDALONE:
+            program, where = ["-c", STANDALONE[name]], on_this_disk(f"{folder}/{FORMATS[name]}", scratch)
+        command = [sys.executable, *program, where, str(given), str(made)]
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
-            raise BadMerge(f"the export in {folder} does not load in a fresh process: {reason}")
+            raise BadMerge(f"the export in {folder}, as {name}, does not load in a fresh process: {reason}")
         logits: np.ndarray = np.load(made)
     return logits
 
 
-def _timing(models: dict[str, torch.nn.Module], pixels: torch.Tensor, repeats: int) -> dict[str, float]:
-    return compared(interleaved_seconds([m.to(pixels.device).eval() for m in models.values()], pixels, repeats=repeats))
+def _timed(
+    task: ExportTask, models: dict[str, torch.nn.Module], workspace: Workspace
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Time all models that run on the run's device in turn; by batch size and name, seconds and speedup over dense."""
+    device = workspace.device
+    here = {name: model.to(device).eval() for name, model in models.items() if _device_of(name, device) == device}
+    timing = {}
+    for batch in task.batches:
+        pixels = torch.randn(batch, *workspace.view.input_size, device=device)
+        seconds = interleaved_seconds(list(here.values()), pixels, repeats=task.repeats)
+        timing[str(batch)] = {name: speed(seconds, column) for column, name in enumerate(here)}
+    return timing
 
 
 def main(folder: str, given: str, made: str) -> None:

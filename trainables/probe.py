@@ -24,13 +24,9 @@ from trainables.data import ImageSet
 from trainables.devices import describe
 from trainables.engine import Training, evaluate
 from trainables.locations import write_bytes
-from trainables.tasks import ProbeTask
+from trainables.tasks import TRAINING_FORWARDS, ProbeTask
 from trainables.timing import count_macs
-from trainables.trial import TRAINING_FORWARDS
 from trainables.workspace import Workspace, versions
-
-SANDWICH_PASSES = 3
-"""Passes over a batch under the sandwich rule: the dense model, a cell of the most units, a random cell."""
 
 
 class Elastic(torch.nn.Module):
@@ -64,7 +60,7 @@ def switch(gates: Mapping[Unit, torch.Tensor], plan: PruningPlan) -> None:
 
 def drawn_cells(task: ProbeTask, epoch: int) -> Iterator[Cell]:
     """Yield the cell of each pass of an epoch, without end; under the sandwich rule the passes of a batch in a row."""
-    rng = np.random.default_rng([task.seed, epoch])
+    rng = np.random.default_rng([task.seed + task.reseed, epoch])
     lines: Sequence[Sequence[Cell]] = task.lines if task.draw == "line" else (tuple(task.ranking.space),)
     most = max(cell.total for line in lines for cell in line)
     smallest = sorted({cell for line in lines for cell in line if cell.total == most})
@@ -95,7 +91,7 @@ def run_probe(task: ProbeTask) -> dict[str, Any]:
     write_bytes(task.weights, safetensors.torch.save(weights))
     evaluated = evaluate_cells(model, task, images, workspace.device)
     # The teacher, the dense model, sees every training image once; a closed gate saves nothing.
-    training_cost = macs * sum(epoch["images"] for epoch in epochs) * (TRAINING_FORWARDS * _passes(task) + 1)
+    training_cost = macs * sum(epoch["images"] for epoch in epochs) * (TRAINING_FORWARDS * task.passes + 1)
     return {
         "rows": [
             {
@@ -115,17 +111,14 @@ def run_probe(task: ProbeTask) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _passes(task: ProbeTask) -> int:
-    return SANDWICH_PASSES if task.sandwich else 1
-
-
 def _train(task: ProbeTask, workspace: Workspace) -> tuple[torch.nn.Module, list[dict[str, float]]]:
     """Return the trained shared weights as a dense model, and loss and images of every epoch."""
     model = workspace.pruned(PruningPlan()).to(workspace.device)
     elastic = Elastic(model, task.ranking)
     training = Training(
-        model, workspace.images("train", task.data.subset), task.recipe, device=workspace.device, seed=task.seed,
-        teacher=workspace.dense, workers=task.data.workers, wrap=lambda _: elastic, passes=_passes(task),
+        model, workspace.images("train", task.data.subset), task.recipe, device=workspace.device,
+        seed=task.seed + task.reseed, teacher=workspace.dense, workers=task.data.workers, wrap=lambda _: elastic,
+        passes=task.passes,
     )  # fmt: skip
     epochs: list[dict[str, float]] = []
     # After the training, whose moving average is a copy of the model: it must have no gates.

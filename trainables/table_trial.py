@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 from search_spaces import BadInput
 from search_spaces.plan import PruningPlan
-from trainables.tasks import TrialTask
+from trainables.tasks import ProbeTask, TrialTask
 from trainables.trial import Trial
 from trainables.workspace import Workspace
 
@@ -17,7 +18,7 @@ _unusable: list[str] = []
 """Errors of an accelerator, after which this process may not be able to use it."""
 
 
-def run_trial(task: TrialTask, number: int, plan: str, seed: int) -> dict[str, Any]:
+def run_trial(task: TrialTask, number: int, plan: str, seed: int, weights: str = "") -> dict[str, Any]:
     """Train all epochs of one trial.
 
     Args:
@@ -25,6 +26,7 @@ def run_trial(task: TrialTask, number: int, plan: str, seed: int) -> dict[str, A
         number: names the trial's state in `task.checkpoints`.
         plan: text form of what is removed.
         seed: of order, augmentation and drop-path.
+        weights: place or URI for what the trial came to; empty for none.
 
     Returns:
         The trial's record, with `images` by split, and `error`: empty, or in one line why the trial failed.
@@ -44,6 +46,8 @@ def run_trial(task: TrialTask, number: int, plan: str, seed: int) -> dict[str, A
         record = trial.step()
         while not trial.done:
             record = trial.step()
+        if weights:
+            trial.write_weights(weights)
     except BadInput:
         raise
     except (ValueError, ArithmeticError, RuntimeError) as error:
@@ -53,8 +57,23 @@ def run_trial(task: TrialTask, number: int, plan: str, seed: int) -> dict[str, A
     return {**record, "images": images, "error": ""}
 
 
+def image_counts(task: TrialTask) -> dict[str, int]:
+    """Return how many images count in a trial's cost, with none of it run.
+
+    Returns:
+        `train`: of one epoch, full batches only; `val`: of one evaluation; `probe`: of the split.
+    """
+    workspace, batch = _workspace(task), task.recipe.batch_size
+    return {
+        "train": len(workspace.images("train", task.data.subset)) // batch * batch,
+        "val": len(workspace.images("val", task.data.val_limit)),
+        "probe": len(workspace.images("probe", ProbeTask.images)),
+    }
+
+
 def _workspace(task: TrialTask) -> Workspace:
-    key = repr(task)
+    # Where a trial starts from and leaves its state is its own; the rest of the workspace is shared.
+    key = repr(replace(task, start="", checkpoints=""))
     if key not in _workspaces:
         _workspaces.clear()
         _workspaces[key] = Workspace(task, drop_path=task.recipe.drop_path)

@@ -6,6 +6,11 @@ from search_spaces.plan import Ranking
 from search_spaces.ratios import Cell
 from trainables.settings import DataSettings, ModelSettings, Recipe
 
+TRAINING_FORWARDS = 3
+"""MACs of a training step over those of a forward pass: forward, and twice as much backward."""
+FORMATS = {"safetensors": "model.safetensors", "pt2": "model.pt2", "onnx": "model.onnx"}
+"""Export formats, and the file that each one's weights are in."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -95,6 +100,7 @@ class ProbeTask(Task):
         sandwich: train every batch as the dense model and as a cell of the most units too.
         folder: place or URI for the state after the newest epoch, and for the shared weights.
         images: most images of the split `probe` to evaluate on.
+        reseed: added to the seed of order and draws; the images stay those of `seed`.
     """
 
     recipe: Recipe
@@ -105,6 +111,12 @@ class ProbeTask(Task):
     sandwich: bool
     folder: str
     images: int = 1000
+    reseed: int = 0
+
+    @property
+    def passes(self) -> int:
+        """Passes over a batch: under the sandwich rule the dense model, a cell of the most units and a random cell."""
+        return 3 if self.sandwich else 1
 
     @property
     def state(self) -> str:
@@ -168,6 +180,8 @@ class ExportTask(Task):
         folder: where the export goes.
         batches: batch sizes to time.
         repeats: timing rounds per batch size.
+        formats: what to write, of `FORMATS`; safetensors is always written.
+        baseline: weights of the dense model after the same fine-tune; empty where it had none.
     """
 
     plan: str
@@ -175,3 +189,43 @@ class ExportTask(Task):
     folder: str
     batches: tuple[int, ...] = (1, 64)
     repeats: int = 30
+    formats: tuple[str, ...] = tuple(FORMATS)
+    baseline: str = ""
+
+
+@dataclass(frozen=True)
+class BenchModel:
+    """A model to time: one to load, or one to build.
+
+    Attributes:
+        name: as the user wrote it.
+        location: an export folder, or a `.pt2` or `.onnx` file; a path or URI.
+        model: what to build where there is no location.
+        data: what tells how large its images are; None for as timm says.
+    """
+
+    name: str
+    location: str = ""
+    model: ModelSettings | None = None
+    data: DataSettings | None = None
+
+
+@dataclass(frozen=True)
+class BenchTask:
+    """Time models side by side.
+
+    Attributes:
+        models: what to time.
+        device: row of `devices.DEVICES`.
+        threads: CPU threads the process may use.
+        batches: batch sizes to time.
+        seconds: time to spend on each batch size.
+        compiled: compile the models first (ONNX stays as it is).
+    """
+
+    models: tuple[BenchModel, ...]
+    device: str
+    threads: int
+    batches: tuple[int, ...] = (1, 64)
+    seconds: float = 10.0
+    compiled: bool = False

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,6 @@ def count_params(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-@torch.inference_mode()
 def interleaved_seconds(
     models: Sequence[torch.nn.Module], pixels: torch.Tensor, *, repeats: int, amp: bool = True
 ) -> np.ndarray:
@@ -51,14 +51,23 @@ def interleaved_seconds(
     Returns:
         Seconds, shape (repeats, models).
     """
-    seconds = np.empty((repeats + 2, len(models)))
-    with autocast(pixels.device, amp):
+    calls = [partial(model, pixels) for model in models]
+    return interleaved_calls(calls, pixels.device, repeats=repeats, amp=amp)
+
+
+@torch.inference_mode()
+def interleaved_calls(
+    calls: Sequence[Callable[[], object]], device: torch.device, *, repeats: int, amp: bool = True
+) -> np.ndarray:
+    """Time each call in turn, again and again; see `interleaved_seconds`. Returns seconds, shape (repeats, calls)."""
+    seconds = np.empty((repeats + 2, len(calls)))
+    with autocast(device, amp):
         for row in seconds:
-            for column, model in enumerate(models):
-                synchronise(pixels.device)
+            for column, call in enumerate(calls):
+                synchronise(device)
                 start = time.perf_counter()
-                model(pixels)
-                synchronise(pixels.device)
+                call()
+                synchronise(device)
                 row[column] = time.perf_counter() - start
     return seconds[2:]
 
@@ -113,21 +122,24 @@ def time_plans(task: TimingTask) -> dict[str, dict[str, dict[str, float]]]:
         for batch in task.batches:
             pixels = torch.randn(batch, *size, device=workspace.device)
             repeats = max(FEWEST_REPEATS, _repeats(models, pixels, share))
-            found[text][str(batch)] = compared(interleaved_seconds(models, pixels, repeats=repeats))
+            seconds = interleaved_seconds(models, pixels, repeats=repeats)
+            found[text][str(batch)] = against_dense(speed(seconds, 0), speed(seconds, 1))
     return found
 
 
-def compared(seconds: np.ndarray) -> dict[str, float]:
-    """Return medians and the speedup with its 95 % interval, from seconds of dense and merged, shape (repeats, 2)."""
-    speedup, low, high = median_interval(list(seconds[:, 0] / seconds[:, 1]))
-    dense, merged = np.median(seconds, axis=0)
-    return {
-        "dense_seconds": float(dense),
-        "merged_seconds": float(merged),
-        "speedup": speedup,
-        "low": low,
-        "high": high,
-    }
+def speed(seconds: np.ndarray, column: int) -> dict[str, float]:
+    """Return a column's median and its speedup over the first, from seconds of shape (rounds, models).
+
+    The speedup has a 95 % interval, `low` to `high`.
+    """
+    speedup, low, high = median_interval(list(seconds[:, 0] / seconds[:, column]))
+    return {"seconds": float(np.median(seconds[:, column])), "speedup": speedup, "low": low, "high": high}
+
+
+def against_dense(dense: dict[str, float], merged: dict[str, float]) -> dict[str, float]:
+    """Return the seconds of both and the speedup with its interval, from what `speed` returns of each."""
+    ratio = {name: merged[name] for name in ("speedup", "low", "high")}
+    return {"dense_seconds": dense["seconds"], "merged_seconds": merged["seconds"], **ratio}
 
 
 def _counts(dense: torch.nn.Module, unit: Unit, size: tuple[int, int, int], whole: dict[str, Any]) -> dict[str, Any]:

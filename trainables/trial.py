@@ -8,16 +8,16 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import safetensors.torch
+
 from search_spaces.plan import PruningPlan
 from trainables.checkpoints import load_state, save_state
 from trainables.devices import describe
 from trainables.engine import Training, evaluate
-from trainables.tasks import TrialTask
+from trainables.locations import write_bytes
+from trainables.tasks import TRAINING_FORWARDS, TrialTask
 from trainables.timing import count_macs
 from trainables.workspace import Workspace, versions
-
-TRAINING_FORWARDS = 3
-"""MACs of a training step over those of a forward pass: forward, and twice as much backward."""
 
 
 class Trial:
@@ -82,6 +82,16 @@ class Trial:
             workers=self._task.data.workers,
         )  # fmt: skip
         return float(right.mean())
+
+    def write_weights(self, location: str) -> None:
+        """Write the weights as a dense model's, for a trial that removes the same units and more to start from.
+
+        The removed units have those of the dense model, as that trial does without them.
+        """
+        own = {name: tensor.cpu() for name, tensor in self._training.result.state_dict().items()}
+        dense = self._workspace.dense.state_dict()
+        whole = {name: own.get(name, tensor).contiguous() for name, tensor in dense.items()}
+        write_bytes(location, safetensors.torch.save(whole))
 
     def save(self, location: str | None = None) -> None:
         """Write the state; to the run directory when no other place is named."""

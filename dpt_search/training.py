@@ -1,0 +1,60 @@
+"""The long fine-tune on Ray Train workers, as the stages dense, finetune and baseline use it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dpt_search.progress import EpochLines
+from dpt_search.run import Run
+from search_spaces.plan import PruningPlan
+from trainables.settings import Recipe
+from trainables.tasks import FinetuneTask
+
+
+def train(
+    run: Run, told: dict[str, Any], plan: PruningPlan, recipe: Recipe, folder: str, digest: str
+) -> dict[str, Any]:
+    """Train a plan on all training images, going on from the newest epoch that is there.
+
+    Args:
+        run: the run.
+        told: what every stage on a worker is told.
+        plan: what is removed first.
+        recipe: how to train.
+        folder: where in the run directory state, progress and weights go.
+        digest: of all that the result depends on.
+
+    Returns:
+        What `long_finetune.finetune` does.
+    """
+    run.start_ray()
+    workers = _workers(run)
+    task = FinetuneTask(
+        **told | {"threads": run.config.cpus_per_trial},
+        recipe=recipe, plan=str(plan), folder=run.store.path(folder), inputs=digest, workers=workers,
+        start=run.start_weights if plan.units else "",
+    )  # fmt: skip
+    lines = EpochLines(run.say, run.store, f"{folder}/progress.json", digest, recipe.epochs)
+    result: dict[str, Any] = run.call(
+        "trainables.long_finetune:train_with_ray", task, run.resources, cpus=0, on_wait=lines.show
+    )
+    lines.show()
+    return result
+
+
+def _workers(run: Run) -> int:
+    """Return the number of workers: what was asked for, or what this machine holds; a cluster may still grow."""
+    from dpt_search.remote import capacity, is_cluster
+
+    wanted, held = run.config.finetune_workers, capacity(run.resources)
+    if wanted <= held or is_cluster():
+        return wanted
+    fits = max(n for n in range(1, held + 1) if wanted % n == 0)
+    run.say(f"finetune_workers is {wanted}, but this machine holds {held}: using {fits}")
+    return fits
+
+
+def clear(run: Run, folder: str) -> None:
+    """Delete what a fine-tune goes on from, once its stage is done and recorded."""
+    for name in ("state.pt", "result.json", "progress.json"):
+        run.store.delete(f"{folder}/{name}")

@@ -136,7 +136,7 @@ def _with_underscores(argument: str) -> str:
 
 def _with_values(argv: list[str]) -> list[str]:
     """Write `--baseline` as `--baseline=true` where no value follows."""
-    follows = [*argv[1:], ""]
+    follows = [*argv[1:], ""][: len(argv)]
     return [
         f"{argument}=true" if argument == "--baseline" and value.lower() not in _BOOLEANS else argument
         for argument, value in zip(argv, follows, strict=True)

@@ -22,7 +22,7 @@ from trainables.locations import resolve
 EMBEDDED = Path(resolve("package:dpt_search/embedded/fashion_mnist")[1])
 SIZES = {"train": 640, "probe": 100, "val": 300, "test": 300}
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,9 @@ from trainables.devices import autocast, describe, synchronise
 from trainables.tasks import ProfileTask
 from trainables.workspace import Workspace
 
+FEWEST, MOST = 7, 200
+"""Rounds of a measurement that is to take a given time."""
+
 
 def count_macs(model: torch.nn.Module, input_size: tuple[int, int, int]) -> float:
     """Return the multiply-accumulates of one image, counted by torch's flop counter with no data."""
@@ -46,8 +49,12 @@ def interleaved_seconds(
     Returns:
         Seconds, shape (repeats, models).
     """
-    calls = [partial(model, pixels) for model in models]
-    return interleaved_calls(calls, pixels.device, repeats=repeats, amp=amp)
+    return interleaved_calls(calls_of(models, pixels), pixels.device, repeats=repeats, amp=amp)
+
+
+def calls_of(models: Sequence[torch.nn.Module], pixels: torch.Tensor) -> list[Callable[[], object]]:
+    """Return what calls each of the models with one batch."""
+    return [partial(model, pixels) for model in models]
 
 
 @torch.inference_mode()
@@ -65,6 +72,14 @@ def interleaved_calls(
                 synchronise(device)
                 row[column] = time.perf_counter() - start
     return seconds[2:]
+
+
+def calls_within(
+    seconds: float, calls: Sequence[Callable[[], object]], device: torch.device, *, amp: bool = True
+) -> np.ndarray:
+    """Time each call in turn for about so long, in `FEWEST` to `MOST` rounds; see `interleaved_calls`."""
+    one_round = float(np.median(interleaved_calls(calls, device, repeats=3, amp=amp).sum(axis=1)))
+    return interleaved_calls(calls, device, repeats=int(np.clip(seconds / one_round, FEWEST, MOST)), amp=amp)
 
 
 def profile(task: ProfileTask) -> dict[str, Any]:
@@ -92,7 +107,7 @@ def profile(task: ProfileTask) -> dict[str, Any]:
     models = [model.to(workspace.device) for model in models]
     for batch in task.batches:
         pixels = torch.randn(batch, *size, device=workspace.device)
-        seconds = interleaved_seconds(models, pixels, repeats=_repeats(models, pixels, task))
+        seconds = calls_within(task.seconds / len(task.batches), calls_of(models, pixels), pixels.device)
         whole |= _summary(seconds[:, 0], batch)
         for column, (group, half) in enumerate(zip(groups, removed, strict=True), 1):
             saved = _summary((seconds[:, 0] - seconds[:, column]) / len(half), batch)
@@ -125,12 +140,6 @@ def merged_without(dense: torch.nn.Module, units: Sequence[Unit]) -> torch.nn.Mo
     family = family_of(dense)
     model: torch.nn.Module = family.merge(family.remove(copy.deepcopy(dense), PruningPlan.of(units))).eval()
     return model
-
-
-def _repeats(models: Sequence[torch.nn.Module], pixels: torch.Tensor, task: ProfileTask) -> int:
-    """Return how many rounds fit into this batch size's share of the time, at least 5 and at most 200."""
-    one_round = float(np.median(interleaved_seconds(models, pixels, repeats=3).sum(axis=1)))
-    return int(np.clip(task.seconds / len(task.batches) / one_round, 5, 200))
 
 
 def _summary(seconds: np.ndarray, batch: int) -> dict[str, float]:

@@ -29,13 +29,12 @@ from search_spaces.plan import Unit
 from search_spaces.timm_compat import timm
 from trainables.devices import describe, torch_device
 from trainables.intervals import median_interval
-from trainables.timing import count_macs, interleaved_calls, merged_without
+from trainables.timing import calls_within, count_macs, merged_without
 from trainables.workspace import versions
 
 MODELS = "deit_small_patch16_224,vit_base_patch16_224"
 CELLS = ("3,3", "6,0", "0,6", "5,5")
 GOAL = 1.03
-FEWEST, MOST = 7, 200
 
 
 def main() -> None:
@@ -147,7 +146,7 @@ def additions(tokens: torch.Tensor, count: int) -> None:
 def measured(pair: list[nn.Module], modules: dict[str, Make], pixels: torch.Tensor, seconds: float) -> dict[str, Any]:
     """Time dense, merged and the kinds of modules in turn."""
     calls = [*(partial(model, pixels) for model in pair), *(make(pixels) for make in modules.values())]
-    found = rounds(calls, pixels.device, seconds)
+    found = calls_within(seconds, calls, pixels.device, amp=False)
     over = median_interval(list(found[:, 1] / found[:, 2:].sum(axis=1)))
     speedup = median_interval(list(found[:, 0] / found[:, 1]))
     names = ("dense", "merged", *modules)
@@ -162,14 +161,8 @@ def measured(pair: list[nn.Module], modules: dict[str, Make], pixels: torch.Tens
 def compiled_speedup(pair: list[nn.Module], pixels: torch.Tensor, seconds: float) -> float:
     torch.compiler.reset()
     calls = [partial(torch.compile(model, dynamic=False), pixels) for model in pair]
-    found = rounds(calls, pixels.device, seconds)
+    found = calls_within(seconds, calls, pixels.device, amp=False)
     return median_interval(list(found[:, 0] / found[:, 1]))[0]
-
-
-def rounds(calls: list[Callable[[], object]], device: torch.device, seconds: float) -> np.ndarray:
-    """Time calls for about so many seconds; shape (rounds, calls)."""
-    one = float(np.median(interleaved_calls(calls, device, repeats=1, amp=False).sum(axis=1)))
-    return interleaved_calls(calls, device, repeats=int(np.clip(seconds / one, FEWEST, MOST)), amp=False)
 
 
 def line_of(row: dict[str, Any]) -> str:

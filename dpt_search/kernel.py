@@ -89,20 +89,20 @@ class FittedKernel:
         fixed = {name: each[cells] @ each[cells].T for name, each in kernel.features.items()}
         fixed["step"] = kernel.shared[0][attn] + kernel.shared[1][act]
         fixed["own"] = np.eye(len(cells))
-        self._squared = kernel.squared[0][attn], kernel.squared[1][act]
-        self._beyond = kernel.beyond[0][attn], kernel.beyond[1][act]
-        self._names = tuple(fixed)
-        self._fixed = np.stack([*fixed.values(), *self._beyond]).reshape(len(fixed) + 2, -1)
+        self.squared = kernel.squared[0][attn], kernel.squared[1][act]
+        self.beyond = kernel.beyond[0][attn], kernel.beyond[1][act]
+        self.names = tuple(fixed)
+        self.fixed = np.stack([*fixed.values(), *self.beyond]).reshape(len(fixed) + 2, -1)
 
     def at(self, hyper: Hyperparameters) -> tuple[Array, FittedGradient]:
         """Return the covariance, [cells, cells], and what its derivatives follow from."""
         scale = -0.5 / hyper.length**2
-        near = np.exp(scale * self._squared[0]), np.exp(scale * self._squared[1])
-        variances = np.array([*(getattr(hyper, name) ** 2 for name in self._names), *hyper.cliff_variances()])
+        near = np.exp(scale * self.squared[0]), np.exp(scale * self.squared[1])
+        variances = np.array([*(getattr(hyper, name) ** 2 for name in self.names), *hyper.cliff_variances()])
         single, joint = near[0] + near[1], near[0] * near[1]
         # What changes smoothly along each cliff.
-        along = self._beyond[0] * near[1], self._beyond[1] * near[0]
-        total = (variances @ self._fixed).reshape(joint.shape)
+        along = self.beyond[0] * near[1], self.beyond[1] * near[0]
+        total = (variances @ self.fixed).reshape(joint.shape)
         total += hyper.single**2 * single + hyper.joint**2 * joint + variances[-2] * along[0] + variances[-1] * along[1]
         return total, FittedGradient(self, hyper, variances, near, single, joint, along)
 
@@ -126,16 +126,16 @@ class FittedGradient:
             sensitivity: [cells, cells] the value's derivative by the entries of the covariance, symmetric.
         """
         kernel, hyper, near = self.kernel, self.hyper, self.near
-        fixed = 2 * self.variances * (kernel._fixed @ sensitivity.ravel())
-        found = dict(zip((*kernel._names, "cliff_attn", "cliff_act"), fixed.tolist(), strict=True))
+        fixed = 2 * self.variances * (kernel.fixed @ sensitivity.ravel())
+        found = dict(zip((*kernel.names, "cliff_attn", "cliff_act"), fixed.tolist(), strict=True))
         for name, variance, along in zip(("cliff_attn", "cliff_act"), self.variances[-2:], self.along, strict=True):
             found[name] += 2 * float(variance) * float(np.vdot(sensitivity, along))
         found["single"] = 2 * hyper.single**2 * float(np.vdot(sensitivity, self.single))
         found["joint"] = 2 * hyper.joint**2 * float(np.vdot(sensitivity, self.joint))
-        by_attn = kernel._squared[0] * (
+        by_attn = kernel.squared[0] * (
             hyper.single**2 * near[0] + hyper.joint**2 * self.joint + self.variances[-1] * self.along[1]
         )
-        by_act = kernel._squared[1] * (
+        by_act = kernel.squared[1] * (
             hyper.single**2 * near[1] + hyper.joint**2 * self.joint + self.variances[-2] * self.along[0]
         )
         found["length"] = float(np.vdot(sensitivity, by_attn + by_act)) / hyper.length**2

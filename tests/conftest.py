@@ -2,7 +2,9 @@
 
 import io
 import os
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -12,7 +14,15 @@ import pytest
 import torch
 from PIL import Image
 
-from trainables.settings import DataSettings, ModelSettings
+from dpt_search.allowance import Prices
+from dpt_search.config import RunConfig
+from dpt_search.costs_table import read_costs, write_costs
+from dpt_search.run import Run, configured_run, read_ranking
+from dpt_search.store import RunStore
+from search_spaces.plan import Ranking
+from trainables.settings import DataSettings, ModelSettings, Recipe
+from trainables.tasks import ProfileTask
+from trainables.timing import profile
 
 torch.set_num_threads(1)
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -95,3 +105,46 @@ def image_folder(tmp_path: Path) -> Path:
     root = tmp_path / "pictures"
     write_image_folder(root, ("bag", "coat", "shoe"), 8)
     return root
+
+
+def write_up_to_ranking(
+    config: RunConfig, ranking: dict[str, Any], costs: list[dict[str, Any]], dense: dict[str, Any] | None = None
+) -> RunStore:
+    """Write the run directory of a run whose dense model, profile and ranking are done; return its store."""
+    store = RunStore(config.run_dir)
+    store.write_json("run.json", {"config": asdict(config), "versions": {}, "commit": "", "created": 1.0})
+    store.write_json("dense/dense.json", {"accuracy": 0.875, "images": 48, **(dense or {})})
+    store.write_json("ranking.json", ranking)
+    write_costs(store, "a CPU", costs)
+    return store
+
+
+TINY_RANKING = Ranking((1, 0, 3, 2), (2, 0, 1, 3))
+TINY_IMAGES = {"train": 96, "val": 48, "probe": 24}
+"""Images of the tiny data that count in a trial's cost, and in a probe's."""
+
+
+@pytest.fixture(scope="session")
+def tiny_costs(tiny: ModelSettings, tiny_data: DataSettings) -> list[dict[str, Any]]:
+    """The profile of the tiny model."""
+    rows: list[dict[str, Any]] = profile(ProfileTask(tiny, tiny_data, 0, "cpu", 1, batches=(1,), seconds=0.1))["rows"]
+    return rows
+
+
+@pytest.fixture
+def tiny_run(tmp_path: Path, tiny: ModelSettings, tiny_data: DataSettings, tiny_costs: list[dict[str, Any]]) -> Run:
+    """A run of the tiny model up to its ranking."""
+    recipe = Recipe(epochs=1, batch_size=32, lr=0.02)
+    config = RunConfig(
+        tiny, tiny_data, run_dir=str(tmp_path / "run"), budget="units=2,4", trial=recipe, probe_epochs=1, probe_cells=3,
+    )  # fmt: skip
+    order = {"method": "taylor", "attn": list(TINY_RANKING.attn), "act": list(TINY_RANKING.act)}
+    write_up_to_ranking(config, order, tiny_costs, {"units": {"attn": [0], "act": [0]}})
+    return configured_run(config, lambda _: None)
+
+
+def tiny_prices(run: Run) -> Prices:
+    """Return what trials and probe of a tiny run cost."""
+    costs = read_costs(run.store)
+    assert costs is not None
+    return Prices(costs, read_ranking(run), run.config.trial, TINY_IMAGES)

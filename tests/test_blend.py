@@ -19,7 +19,7 @@ SPACE = RatioSpace(12, 12)
 POINTS = ratios(SPACE)
 LINES = [np.array([i for i, cell in enumerate(SPACE) if cell.total == total]) for total in range(4, 21, 4)]
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "tables"
-TABLES = sorted(path for path in FOLDER.glob("*.parquet") if not path.stem.endswith(".probes"))
+TABLES = sorted(path for path in FOLDER.glob("*.parquet") if ".probes" not in path.stem)
 
 
 def quadratic(seed: int) -> np.ndarray:

@@ -1,25 +1,21 @@
-"""Searches compared live: equal cost, the same way again, and what their decisions are worth."""
+"""Searches compared live: the same way again, and what their decisions are worth."""
 
 import csv
 import json
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from optuna.distributions import IntDistribution
-from optuna.samplers import RandomSampler
+from conftest import TINY_IMAGES, tiny_prices
+from conftest import TINY_RANKING as RANKING
 
 from dpt_search import table_records
-from dpt_search.allowance import Allowance, Prices
-from dpt_search.config import BadConfig, RunConfig
-from dpt_search.costs_table import read_costs, write_costs
+from dpt_search.config import BadConfig
 from dpt_search.live import SAMPLERS, Decisions, Search, decided, opened
 from dpt_search.live_report import Request, judged_by_trials, judged_cells, own_table, run_live
 from dpt_search.probe_stage import probe_task
@@ -30,112 +26,22 @@ from dpt_search.search_stages import decide
 from dpt_search.store import BadRun, Finished, Proposed, RunStore, TrialLog
 from dpt_search.tabulate import Request as Table
 from dpt_search.tabulate import tabulate
-from dpt_search.tune_search import RecordedSearch, SearchPlan
 from search_spaces.budgets import parse_budgets
-from search_spaces.costs import Cost, UnitCosts
 from search_spaces.goals import unit_goals
-from search_spaces.plan import PruningPlan, Ranking, Unit
+from search_spaces.plan import PruningPlan, Ranking
 from search_spaces.ratios import Cell
-from trainables.probe import run_probe
-from trainables.settings import DataSettings, ModelSettings, Recipe
-from trainables.table_trial import image_counts, run_trial
-from trainables.tasks import ProfileTask, TrialTask
-from trainables.timing import profile
 
-RANKING = Ranking((1, 0, 3, 2), (2, 0, 1, 3))
 BUDGETS = unit_goals(RANKING.space, 2, 4)
 
 
-@pytest.fixture(scope="module")
-def measured(tiny: ModelSettings, tiny_data: DataSettings) -> list[dict[str, Any]]:
-    """The profile of the tiny model."""
-    rows: list[dict[str, Any]] = profile(ProfileTask(tiny, tiny_data, 0, "cpu", 1, batches=(1,), seconds=0.1))["rows"]
-    return rows
-
-
 @pytest.fixture
-def run(tmp_path: Path, tiny: ModelSettings, tiny_data: DataSettings, measured: list[dict[str, Any]]) -> Run:
+def run(tiny_run: Run) -> Run:
     """A run up to its ranking."""
-    recipe = Recipe(epochs=1, batch_size=32, lr=0.02)
-    config = RunConfig(
-        tiny, tiny_data, run_dir=str(tmp_path / "run"), budget="units=2,4", trial=recipe, probe_epochs=1, probe_cells=3,
-    )  # fmt: skip
-    store = RunStore(config.run_dir)
-    store.write_json("run.json", {"config": asdict(config), "versions": {}, "commit": "", "created": 1.0})
-    store.write_json("dense/dense.json", {"accuracy": 0.875, "images": 48, "units": {"attn": [0], "act": [0]}})
-    store.write_json("ranking.json", {"method": "taylor", "attn": list(RANKING.attn), "act": list(RANKING.act)})
-    write_costs(store, "a CPU", measured)
-    return configured_run(config, lambda _: None)
-
-
-IMAGES = {"train": 96, "val": 48, "probe": 24}
-
-
-def prices(run: Run) -> Prices:
-    costs = read_costs(run.store)
-    assert costs is not None
-    return Prices(costs, read_ranking(run), run.config.trial, IMAGES)
+    return tiny_run
 
 
 def begun(run: Run, name: str = "map", number: int = 0, **told: Any) -> Search:
-    return opened(run, RunStore(run.store.path("live")), name, number, prices(run), told)
-
-
-@pytest.mark.parametrize("distillation", ["none", "soft"])
-def test_what_trials_and_probe_cost_is_known_before_they_run(run: Run, distillation: Any) -> None:
-    recipe = replace(run.config.trial, epochs=2, distillation=distillation)
-    run.config = replace(run.config, trial=recipe)
-    task = TrialTask(**run.task(), recipe=recipe, checkpoints=run.store.path("states"))
-    assert image_counts(task) == IMAGES
-    for number, cell in enumerate([Cell(0, 0), Cell(2, 1)]):
-        found = run_trial(task, number, str(RANKING.plan(cell)), 7)
-        assert prices(run).trial(cell) == pytest.approx(found["cost"], rel=1e-9), cell
-    probe = probe_task(run)
-    assert prices(run).probe(probe) == pytest.approx(run_probe(probe)["cost"], rel=1e-9)
-
-
-def unit_costs() -> UnitCosts:
-    saved = {Unit(kind, i): Cost(10.0, 1.0, {}) for kind in ("attn", "act") for i in range(4)}
-    return UnitCosts(Cost(100.0, 9.0, {}), saved, "a CPU")
-
-
-@given(st.floats(0.5, 20), st.floats(0, 5), st.lists(st.sampled_from(list(RANKING.space)), min_size=30, max_size=30))
-def test_trials_stop_at_the_cost_and_not_before(most: float, probe: float, cells: list[Cell]) -> None:
-    made = Prices(unit_costs(), RANKING, Recipe(epochs=1), IMAGES)
-    allowance = Allowance(most * made.unit, made, lambda: probe * made.unit)
-    running: list[Cell] = []
-    while not allowance.is_spent([], running):
-        running.append(cells[len(running) % 30])
-    paid = probe * made.unit + sum(made.trial(cell) for cell in running)
-    # One more would not end within the cost, and without the last there was room for one.
-    assert paid + made.cheapest > allowance.most
-    if running:
-        assert paid - made.trial(running[-1]) + made.cheapest <= allowance.most * (1 + 1e-9)
-    ended = [Finished(i, "dense", "dense", "finished", [0.1], 0.0, made.trial(c)) for i, c in enumerate(running)]
-    ended = [replace(each, cost=made.trial(cell)) for each, cell in zip(ended, running, strict=True)]
-    assert allowance.is_spent(ended, [])
-    assert allowance.spent(ended) == pytest.approx(paid)
-
-
-def test_a_search_proposes_while_the_cost_allows_it(run: Run) -> None:
-    made = prices(run)
-    allowance = Allowance(3.5 * made.unit, made, lambda: made.unit)
-    space = {name: IntDistribution(0, 4) for name in ("n_attn", "n_act")}
-    plan = SearchPlan(
-        "random", RandomSampler(0), space, lambda params: Cell(params["n_attn"], params["n_act"]),
-        lambda cell: {"n_attn": cell.n_attn, "n_act": cell.n_act}, RANKING, 0, 99, 5, allowance=allowance,
-    )  # fmt: skip
-    log = TrialLog(run.store)
-    task = TrialTask(**run.task(), recipe=run.config.trial, checkpoints="")
-    search = RecordedSearch(plan, log, task, lambda _: None)
-    number = 0
-    while isinstance(search.suggest(str(number)), dict):
-        number += 1
-    cells = [PruningPlan.parse(log.proposed[n].plan).cell for n in sorted(log.proposed)]
-    assert len(cells) == number >= 2
-    # The running ones are counted as predicted, and the probe is.
-    assert made.unit + sum(map(made.trial, cells)) + made.cheapest > allowance.most
-    assert made.unit + sum(map(made.trial, cells[:-1])) + made.cheapest <= allowance.most
+    return opened(run, RunStore(run.store.path("live")), name, number, tiny_prices(run), told)
 
 
 class TestASearchOfItsOwn:
@@ -290,7 +196,7 @@ def test_a_table_of_another_ranking_or_of_one_seed_does_not_judge(run: Run, work
 @pytest.fixture
 def counted(run: Run) -> Run:
     """A run whose images were counted for a comparison."""
-    told = {"inputs": digest_of(identity_of(run.config)), "images": IMAGES}
+    told = {"inputs": digest_of(identity_of(run.config)), "images": TINY_IMAGES}
     run.store.write_json("live/images.json", told)
     return run
 

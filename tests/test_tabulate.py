@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from conftest import write_up_to_ranking
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dpt_search import table_records as module
 from dpt_search.config import RunConfig
-from dpt_search.costs_table import write_costs
 from dpt_search.remote import StageFailed
 from dpt_search.run import configured_run
 from dpt_search.store import BadRun, RunStore
@@ -84,12 +84,8 @@ def ranked(folder: Path) -> RunConfig:
     """Write a run up to its ranking."""
     model, data = ModelSettings("vit_tiny_patch16_224"), DataSettings("cifar10")
     config = RunConfig(model, data, run_dir=str(folder), budget="units=2", trial=RECIPE)
-    store = RunStore(config.run_dir)
-    store.write_json("run.json", {"config": asdict(config), "versions": {}, "commit": "", "created": 1.0})
-    store.write_json("dense/dense.json", {"accuracy": 0.875, "images": 48})
-    store.write_json("ranking.json", RANKING)
-    zero = {"macs": 1.0, "params": 1.0, "seconds_1": 1.0, "spread_1": 0.0}
-    write_costs(store, "a CPU", [{"kind": "dense", "index": -1, **zero}])
+    costs = {"macs": 1.0, "params": 1.0, "seconds_1": 1.0, "spread_1": 0.0}
+    write_up_to_ranking(config, RANKING, [{"kind": "dense", "index": -1, **costs}])
     return config
 
 

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
+from conftest import write_up_to_ranking
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dpt_search import walks as module
 from dpt_search.compare import replay
 from dpt_search.config import RunConfig
-from dpt_search.costs_table import write_costs
 from dpt_search.map_sampler import published_walks
 from dpt_search.remote import StageFailed
 from dpt_search.run import configured_run
@@ -70,11 +70,8 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> Workers:
 def config(tmp_path: Path, tiny: ModelSettings, tiny_data: DataSettings) -> RunConfig:
     """A run up to its ranking."""
     made = RunConfig(tiny, tiny_data, run_dir=str(tmp_path / "run"), budget="units=2", trial=RECIPE)
-    store = RunStore(made.run_dir)
-    store.write_json("run.json", {"config": asdict(made), "versions": {}, "commit": "", "created": 1.0})
-    store.write_json("dense/dense.json", {"accuracy": 0.875, "images": 48})
-    store.write_json("ranking.json", RANKING)
-    write_costs(store, "a CPU", [{"kind": "dense", "index": -1, "macs": 1.0, "params": 1.0, "seconds_1": 1.0}])
+    costs = [{"kind": "dense", "index": -1, "macs": 1.0, "params": 1.0, "seconds_1": 1.0}]
+    write_up_to_ranking(made, RANKING, costs)
     return made
 
 

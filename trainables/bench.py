@@ -19,10 +19,7 @@ from trainables.formats import load_format
 from trainables.intervals import median_interval
 from trainables.locations import read_bytes
 from trainables.tasks import BenchModel, BenchTask
-from trainables.timing import interleaved_calls
-
-FEWEST, MOST = 7, 200
-"""Rounds per batch size: as many as fit into the time, within these."""
+from trainables.timing import calls_within
 
 Size = tuple[int, ...]
 
@@ -103,9 +100,7 @@ def _timed(
     loaded: list[tuple[torch.nn.Module, Size]], batch: int, task: BenchTask, device: torch.device
 ) -> list[dict[str, Any]]:
     calls = [partial(model, torch.randn(batch, *size, device=device)) for model, size in loaded]
-    one_round = float(np.median(interleaved_calls(calls, device, repeats=3).sum(axis=1)))
-    rounds = int(np.clip(task.seconds / one_round, FEWEST, MOST))
-    seconds = interleaved_calls(calls, device, repeats=rounds)
+    seconds = calls_within(task.seconds, calls, device)
     rows = []
     for column, (asked, (_, size)) in enumerate(zip(task.models, loaded, strict=True)):
         low, median, high = map(float, np.percentile(seconds[:, column], [25, 50, 75]))

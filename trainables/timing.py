@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +19,9 @@ from trainables.intervals import median_interval
 from trainables.tasks import ProfileTask, TimingTask
 from trainables.workspace import Workspace
 
-FEWEST_REPEATS = 15
+FEWEST, MOST = 7, 200
+"""Rounds of a measurement that is to take a given time."""
+FEWEST_TO_JUDGE = 15
 """Rounds by which a plan's speedup is judged, at least."""
 
 
@@ -51,8 +52,12 @@ def interleaved_seconds(
     Returns:
         Seconds, shape (repeats, models).
     """
-    calls = [partial(model, pixels) for model in models]
-    return interleaved_calls(calls, pixels.device, repeats=repeats, amp=amp)
+    return interleaved_calls(calls_of(models, pixels), pixels.device, repeats=repeats, amp=amp)
+
+
+def calls_of(models: Sequence[torch.nn.Module], pixels: torch.Tensor) -> list[Callable[[], object]]:
+    """Return what calls each of the models with one batch."""
+    return [partial(model, pixels) for model in models]
 
 
 @torch.inference_mode()
@@ -70,6 +75,19 @@ def interleaved_calls(
                 synchronise(device)
                 row[column] = time.perf_counter() - start
     return seconds[2:]
+
+
+def calls_within(
+    seconds: float,
+    calls: Sequence[Callable[[], object]],
+    device: torch.device,
+    *,
+    fewest: int = FEWEST,
+    amp: bool = True,
+) -> np.ndarray:
+    """Time each call in turn for about so long, in `fewest` to `MOST` rounds; see `interleaved_calls`."""
+    one_round = float(np.median(interleaved_calls(calls, device, repeats=3, amp=amp).sum(axis=1)))
+    return interleaved_calls(calls, device, repeats=int(np.clip(seconds / one_round, fewest, MOST)), amp=amp)
 
 
 def profile(task: ProfileTask) -> dict[str, Any]:
@@ -97,7 +115,7 @@ def profile(task: ProfileTask) -> dict[str, Any]:
     models = [model.to(workspace.device) for model in models]
     for batch in task.batches:
         pixels = torch.randn(batch, *size, device=workspace.device)
-        seconds = interleaved_seconds(models, pixels, repeats=_repeats(models, pixels, task))
+        seconds = calls_within(task.seconds / len(task.batches), calls_of(models, pixels), pixels.device)
         whole |= _summary(seconds[:, 0], batch)
         for column, (group, half) in enumerate(zip(groups, removed, strict=True), 1):
             saved = _summary((seconds[:, 0] - seconds[:, column]) / len(half), batch)
@@ -115,14 +133,13 @@ def time_plans(task: TimingTask) -> dict[str, dict[str, dict[str, float]]]:
     workspace = Workspace(task)
     dense, size = workspace.dense.to(workspace.device).eval(), workspace.view.input_size
     found: dict[str, dict[str, dict[str, float]]] = {}
-    share = replace(task, seconds=task.seconds / max(1, len(task.plans)))
+    share = task.seconds / max(1, len(task.plans) * len(task.batches))
     for text in task.plans:
         models = [dense, merged_without(dense, PruningPlan.parse(text).units).to(workspace.device)]
         found[text] = {}
         for batch in task.batches:
             pixels = torch.randn(batch, *size, device=workspace.device)
-            repeats = max(FEWEST_REPEATS, _repeats(models, pixels, share))
-            seconds = interleaved_seconds(models, pixels, repeats=repeats)
+            seconds = calls_within(share, calls_of(models, pixels), pixels.device, fewest=FEWEST_TO_JUDGE)
             found[text][str(batch)] = against_dense(speed(seconds, 0), speed(seconds, 1))
     return found
 
@@ -166,12 +183,6 @@ def merged_without(dense: torch.nn.Module, units: Sequence[Unit]) -> torch.nn.Mo
     family = family_of(dense)
     model: torch.nn.Module = family.merge(family.remove(copy.deepcopy(dense), PruningPlan.of(units))).eval()
     return model
-
-
-def _repeats(models: Sequence[torch.nn.Module], pixels: torch.Tensor, task: ProfileTask) -> int:
-    """Return how many rounds fit into this batch size's share of the time, at least 5 and at most 200."""
-    one_round = float(np.median(interleaved_seconds(models, pixels, repeats=3).sum(axis=1)))
-    return int(np.clip(task.seconds / len(task.batches) / one_round, 5, 200))
 
 
 def _summary(seconds: np.ndarray, batch: int) -> dict[str, float]:

@@ -1,0 +1,112 @@
+"""What does the elastic probe cost, how well does it order the cells, and what is it worth to a search?
+
+    python benchmarks/probe_worth.py TABLE PROBES [PROBES ...] [--seeds 18] [--max-trials 18]
+
+TABLE is a surface that `dpt-search tabulate` wrote, each PROBES what `tabulate --probes N` wrote of the same model,
+with other epochs, say. Costs are in trials of the dense model. Kendall's tau is to the mean of the table's trials, over
+all cells that both have and within the budget lines, averaged over lines and probe seeds. Replays of `map` decide all
+of the default budgets at once, as `dpt-search compare` does. How much of the evaluation shared prefixes of the network
+would save, were every prefix of the evaluated plans computed once, follows from the plans: with a block's attention
+counted as one, its two linear layers as two, and as half once they are merged.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import optuna
+from scipy.stats import kendalltau
+
+from dpt_search.compare import POINT, Judge, compare
+from dpt_search.compare_report import TARGETS, default_budgets
+from dpt_search.curves import Curve, mean_curve
+from dpt_search.parquet import from_bytes
+from dpt_search.probe_seeds import ProbeSeeds, read_probes
+from dpt_search.surface_table import SurfaceTable, read_rows, read_table
+from search_spaces.budgets import Budget
+from search_spaces.plan import PruningPlan, Unit
+from search_spaces.ratios import Cell
+
+OUT = Path(__file__).parent / "results" / "probe_worth"
+REGRETS = (5.0, 6.0, 8.0, 10.0)
+"""Costs at which regret is told."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table")
+    parser.add_argument("probes", nargs="+")
+    parser.add_argument("--seeds", type=int, default=18)
+    parser.add_argument("--max-trials", type=int, default=18)
+    args = parser.parse_args()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    table = read_table(args.table)
+    found = {Path(place).name: worth(table, args.table, place, args.seeds, args.max_trials) for place in args.probes}
+    OUT.mkdir(parents=True, exist_ok=True)
+    told = {"seeds": args.seeds, "max_trials": args.max_trials, "probes": found}
+    (OUT / f"{Path(args.table).stem}.json").write_text(json.dumps(told, indent=1) + "\n")
+
+
+def worth(table: SurfaceTable, location: str, place: str, seeds: int, max_trials: int) -> dict:
+    probes, budgets = read_probes(place), default_budgets(table.space)
+    assert probes is not None, f"{place} does not exist"
+    epochs = json.loads(from_bytes(Path(place).read_bytes()).schema.metadata[b"probes"])["recipe"]["epochs"]
+    said = Judge(table, budgets, 0, probes).probe
+    assert said is not None
+    cells = said.evaluated(table.space, budgets)
+    found = {
+        "epochs": epochs, "training": said.training, "evaluation": sum(said.costs[cell] for cell in cells),
+        "cells": len(cells), **taus(table, probes, budgets), "shared_prefixes_save": saved(location, cells),
+    }  # fmt: skip
+    traces = compare(table, ["map"], budgets, seeds=seeds, workers=1, max_trials=max_trials, probes=probes)["map"]
+    found |= decided(mean_curve("map", traces, np.arange(0.5, max_trials, 0.5)))
+    print(f"{Path(place).name}: " + ", ".join(f"{name} {_shown(value)}" for name, value in found.items()), flush=True)
+    return found
+
+
+def _shown(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def taus(table: SurfaceTable, probes: ProbeSeeds, budgets: list[Budget]) -> dict[str, float]:
+    truth = dict(zip(table.cells, np.nanmean(table.accuracies, axis=1), strict=True))
+    both = [i for i, cell in enumerate(probes.cells) if cell in truth]
+    lines = [[i for i in both if probes.cells[i].total == budget.units] for budget in budgets]
+
+    def tau(some: list[int]) -> list[float]:
+        means = [truth[probes.cells[i]] for i in some]
+        return [float(kendalltau(column, means)[0]) for column in probes.accuracies[some].T]
+
+    within = [value for line in lines if len(line) > 2 for value in tau(line)]
+    return {"tau": float(np.mean(tau(both))), "tau_within_lines": float(np.nanmean(within))}
+
+
+def saved(location: str, cells: list[Cell]) -> float:
+    """Return the share of the evaluation that shared prefixes would save."""
+    plans = {Cell(row["n_attn"], row["n_act"]): PruningPlan.parse(row["plan"]) for row in read_rows(location)[0]}
+    blocks = 1 + max(unit.index for plan in plans.values() for unit in plan.units)
+    whole, shared, seen = 0.0, 0.0, set()
+    for cell in cells:
+        removed = set(plans[cell].units)
+        kept = [(Unit("attn", i) not in removed, Unit("act", i) not in removed) for i in range(blocks)]
+        for i, (attn, act) in enumerate(kept):
+            macs = attn + (2.0 if act else 0.5)
+            whole += macs
+            if (prefix := tuple(kept[: i + 1])) not in seen:
+                seen.add(prefix)
+                shared += macs
+    return 1 - shared / whole
+
+
+def decided(curve: Curve) -> dict:
+    """Return the cost to each target, and the regret in points above the floor at some costs."""
+    found = {f"to_{target}": curve.cost_to(target) for target in TARGETS}
+    for cost in REGRETS:
+        regret = float(curve.mean[np.searchsorted(curve.cost, cost)]) / POINT
+        found[f"regret_at_{cost:g}"] = regret if np.isfinite(regret) else None  # the probe alone costs more
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -46,7 +46,7 @@ def unit_costs() -> UnitCosts:
     st.floats(0.5, 20), st.floats(0, 5), st.lists(st.sampled_from(list(TINY_RANKING.space)), min_size=30, max_size=30)
 )
 def test_trials_stop_at_the_cost_and_not_before(most: float, probe: float, cells: list[Cell]) -> None:
-    made = Prices(unit_costs(), TINY_RANKING, Recipe(epochs=1), TINY_IMAGES)
+    made = Prices(unit_costs(), TINY_RANKING, Recipe(epochs=1), "zero", TINY_IMAGES)
     allowance = Allowance(most * made.unit, made, lambda: probe * made.unit)
     running: list[Cell] = []
     while not allowance.is_spent([], running):

@@ -1,12 +1,12 @@
 """What should stay of a removed attention? Zero, identity and double, trained and timed in the same cells.
 
-    python benchmarks/removal_semantics.py [--cells 3,3 6,0 6,6 9,4] [--seeds 3] [--long-cells 6,6] [--long-epochs 8]
+    python benchmarks/removal_semantics.py [--cells 3,3 6,0 6,6 9,4] [--seeds 3] [--long-cells 6,6] [--long-epochs 6]
         [--work runs/removal_semantics]
 
 Each has a ranking of its own and the embedded run's recipe; a trial's seed, and with it the order of the images and
 their augmentation, is the same for all three, so that differences are paired. With --long-epochs the cells of
---long-cells are trained for so many epochs too. Every ranking and trial is a file of --work, so that a start that was
-killed goes on. Everything runs in this process, on one thread.
+--long-cells are trained for so many epochs too, with --long-seeds seeds. Every ranking and trial is a file of --work,
+so that a start that was killed goes on. Everything runs in this process, on one thread.
 
 Speed is that of the merged models, those of a cell and the dense one timed in turn; a speedup is a median over rounds.
 What is slower than `zero` in a cell is charged for it: its accuracy is corrected by the slope of accuracy over speedup
@@ -18,9 +18,10 @@ import argparse
 import json
 import os
 import platform
+import sys
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -48,6 +49,17 @@ from trainables.workspace import Workspace
 OUT = Path(__file__).parent / "results" / "removal_semantics.json"
 SEMANTICS: tuple[Attention, ...] = get_args(Attention)
 DENSE = Cell(0, 0)
+Rows = dict[Cell, dict[Attention, list[dict[str, Any]]]]
+"""The records of trials by cell and semantics, by seed."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Trainings of one length: of every cell and semantics as many as there are seeds."""
+
+    epochs: int
+    seeds: int
+    cells: tuple[Cell, ...]
 
 
 def main() -> None:
@@ -56,6 +68,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--long-cells", nargs="*", default=["6,6"], help="cells to train for --long-epochs too")
     parser.add_argument("--long-epochs", type=int, default=0, help="0 trains nothing for longer")
+    parser.add_argument("--long-seeds", type=int, default=2)
     embedded = read_config("run", [])
     parser.add_argument("--subset", type=int, default=embedded.data.subset)
     parser.add_argument("--epochs", type=int, default=embedded.trial.epochs)
@@ -71,11 +84,12 @@ def main() -> None:
             trial=replace(embedded.trial, epochs=args.epochs),
         )
         check(config)
-        if args.seeds < 2:
-            raise BadInput("--seeds must be at least 2: differences need an error")
-        long = {args.long_epochs: [cell_of(text) for text in args.long_cells]} if args.long_epochs else {}
-        jobs = {args.epochs: [cell_of(text) for text in args.cells], **long}
-        found = measure(config, jobs, args.seeds, args.seconds, args.work)
+        if min(args.seeds, args.long_seeds) < 2:
+            raise BadInput("--seeds and --long-seeds must be at least 2: differences need an error")
+        jobs = [Job(args.epochs, args.seeds, tuple(map(cell_of, args.cells)))]
+        if args.long_epochs:
+            jobs.append(Job(args.long_epochs, args.long_seeds, tuple(map(cell_of, args.long_cells))))
+        found = measure(config, jobs, args.seconds, args.work)
     except BadInput as error:
         parser.exit(2, f"removal_semantics: {error}\n")
     print(said(found))
@@ -83,33 +97,36 @@ def main() -> None:
     args.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def measure(config: RunConfig, jobs: dict[int, list[Cell]], seeds: int, seconds: float, work: str) -> dict[str, Any]:
-    """Rank, train what is missing, time, and judge; `jobs` has the cells by number of epochs."""
+def measure(config: RunConfig, jobs: Sequence[Job], seconds: float, work: str) -> dict[str, Any]:
+    """Rank, train what is missing, time, and judge."""
     torch.set_num_threads(1)
     runs = {each: run_of(replace(config, attention=each), work) for each in SEMANTICS}
     rankings = {each: ranked(run) for each, run in runs.items()}
     # Seed by seed, so that what is there of a start that was killed says something.
-    for epochs, cells in jobs.items():
-        for seed in range(seeds):
-            for cell in cells:
+    for job in jobs:
+        for seed in range(job.seeds):
+            for cell in job.cells:
                 for each, run in runs.items():
-                    trained(run, rankings[each].plan(cell), seed, epochs)
-    every = sorted({cell for cells in jobs.values() for cell in cells})
+                    trained(run, rankings[each].plan(cell), seed, job.epochs)
+    every = sorted({cell for job in jobs for cell in job.cells})
     timing = {cell: timed(config, {a: rankings[a].plan(cell) for a in SEMANTICS}, seconds) for cell in every}
     dense = check_dense(task_of(runs["zero"]))["accuracy"]
     lengths = []
-    for epochs, cells in jobs.items():
-        rows = {
-            cell: {a: [trained(runs[a], rankings[a].plan(cell), s, epochs) for s in range(seeds)] for a in SEMANTICS}
-            for cell in cells
+    for job in jobs:
+        rows: Rows = {
+            cell: {
+                a: [trained(runs[a], rankings[a].plan(cell), seed, job.epochs) for seed in range(job.seeds)]
+                for a in SEMANTICS
+            }
+            for cell in job.cells
         }
-        lengths.append({"epochs": epochs, **judged(rows, timing, dense)})
+        lengths.append({"epochs": job.epochs, "seeds": job.seeds, **judged(rows, timing, dense)})
     return {
         "about": {
-            "cpu": describe(torch.device("cpu")), "cores": os.cpu_count(), "threads": 1,
-            "system": platform.platform(), **versions(),
+            "command": " ".join(sys.argv), "cpu": describe(torch.device("cpu")), "cores": os.cpu_count(),
+            "threads": 1, "system": platform.platform(), **versions(),
         },
-        "settings": {"seeds": seeds, "recipe": asdict(config.trial), "subset": config.data.subset},
+        "settings": {"recipe": asdict(config.trial), "subset": config.data.subset},
         "rankings": {each: asdict(ranking) for each, ranking in rankings.items()},
         "dense_accuracy": dense,
         "timing": {str(cell): timing[cell] for cell in every},
@@ -174,16 +191,15 @@ def timed(config: RunConfig, plans: dict[Attention, PruningPlan], seconds: float
     return found
 
 
-Rows = dict[Cell, dict[Attention, list[dict[str, Any]]]]
-
-
 def judged(rows: Rows, timing: dict[Cell, Any], dense: float) -> dict[str, Any]:
     """Return accuracies, corrections and paired differences from `zero`, by cell and over all of them."""
     zero = {cell: accuracies(of["zero"]).mean() for cell, of in rows.items()}
     points = {DENSE: (1.0, dense)} | {c: (timing[c]["zero"]["64"]["speedup"], zero[c]) for c in rows}
-    cells, differences = {}, {each: [] for each in SEMANTICS[1:]}
+    cells: dict[str, Any] = {}
+    differences: dict[Attention, list[Any]] = {each: [] for each in SEMANTICS[1:]}
     for cell, of in rows.items():
-        slope, found = slope_at(cell, points), {}
+        slope = slope_at(cell, points)
+        found: dict[str, Any] = {}
         for each, records in of.items():
             slower = points[cell][0] - timing[cell][each]["64"]["speedup"]
             correction = slope * slower

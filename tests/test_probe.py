@@ -56,7 +56,9 @@ class TestTheGates:
     ) -> Any:
         """A task whose probe has run, what it found, and its shared weights in a dense model."""
         folder = str(tmp_path_factory.mktemp("probe"))
-        task = ProbeTask(tiny, tiny_data, 0, "cpu", 1, request.param, LEARNS, RANKING, LINES, ALL, "uniform", False, folder)
+        task = ProbeTask(
+            tiny, tiny_data, 0, "cpu", 1, request.param, LEARNS, RANKING, LINES, ALL, "uniform", False, folder
+        )
         found = run_probe(task)
         workspace = Workspace(task)
         workspace.dense.load_state_dict(weights_of(task))

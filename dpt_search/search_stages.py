@@ -15,8 +15,8 @@ from dpt_search.allowance import Allowance
 from dpt_search.costs_table import read_costs
 from dpt_search.decisions import cell_costs, goals_of, settled, standing_of
 from dpt_search.hints import hints_of, prior_surface
-from dpt_search.map_predictor import Array
 from dpt_search.observed import ended, searched, surface_trials, unfinished
+from dpt_search.posterior import Hint
 from dpt_search.probe_stage import ProbeBeside, is_missing
 from dpt_search.progress import TrialLines
 from dpt_search.recommend import Observation, recommend
@@ -136,7 +136,7 @@ def check_any_finished(log: TrialLog) -> None:
         )
 
 
-def _sampler(run: Run, ranking: Ranking, budgets: Sequence[Goal], hints: Callable[[], list[Array]]) -> BaseSampler:
+def _sampler(run: Run, ranking: Ranking, budgets: Sequence[Goal], hints: Callable[[], list[Hint]]) -> BaseSampler:
     config = run.config
     return make_sampler(
         config.sampler, ranking.space, budgets, seed=config.seed + run.reseed, cost=_trial_cost(run, ranking),

@@ -21,7 +21,7 @@ import re
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +34,7 @@ from dpt_search.map_sampler import MapSampler, initial_design
 from dpt_search.posterior import Data
 from dpt_search.samplers import make_sampler, params_of, search_space
 from dpt_search.surface_table import read_table
-from search_spaces.budgets import Budget
+from search_spaces.goals import Goal, unit_goals
 from search_spaces.ratios import Cell, RatioSpace
 
 HERE = Path(__file__).parent
@@ -50,7 +50,7 @@ class Case:
     """A lattice, what is to be decided, and what is known: `cells` and `accuracies` in order, `pending` that run."""
 
     space: RatioSpace
-    budgets: list[Budget]
+    budgets: Sequence[Goal]
     cells: list[Cell]
     accuracies: list[float]
     pending: list[Cell]
@@ -102,7 +102,7 @@ def smooth(a: float, g: float) -> float:
 def case(space: RatioSpace, units: range, truth: dict[Cell, float], observations: int) -> Case:
     generator = np.random.default_rng(0)
     lattice = list(space)
-    budgets = [Budget(k) for k in units]
+    budgets = list(unit_goals(space, *units))
     design = initial_design(space, budgets)
     drawn, pending = (
         [lattice[i] for i in generator.integers(0, len(lattice), n)] for n in (observations - len(design), PENDING)

@@ -18,7 +18,7 @@ Make a Vision Transformer faster by removing whole layers, and search on Ray for
   run        everything: from a dense model to a faster one and a report
   bench      time models and exports side by side
   compare    set searchers against each other: replayed over tables of real surfaces, or run on Ray
-  resolve    answer another budget from the trials already paid for, with no training
+  resolve    answer any budget, or all, from the trials already paid for, with no training
   robustness how often noise of the trials would have changed the decisions, and what that costs
   tabulate   run every cell with several seeds: a table of the real surface, to judge searches on
   doctor     say what this machine and this model can do
@@ -133,21 +133,21 @@ def _report(argv: list[str]) -> int:
 def _resolve(argv: list[str]) -> int:
     parser = simple_parser("resolve", "Answer budgets from the trials already paid for, with no training.")
     parser.add_argument("run", metavar="RUN", help="The run directory.")
-    parser.add_argument("--budget", required=True, help="units=8, or several at once: units=4,6,8,10.")
+    which = "units=8, speedup=1.5, macs=0.6 or params=40M, or several; empty: the whole front, with CSV and plot."
+    parser.add_argument("--budget", default="", help=which)
+    parser.add_argument("--against", default="speedup", help="Of the front: speedup, speedup@1, macs or params.")
     given = parse(parser, argv)
+    from dpt_search.resolve import answer, answer_all
     from dpt_search.run import recorded_run
     from search_spaces.budgets import parse_budgets
 
     try:
-        budgets = parse_budgets(given.budget)
+        budgets = parse_budgets(given.budget) if given.budget else ()
     except ValueError as error:
         raise BadInput(str(error)) from None
     run = recorded_run(given.run, say)
-    # After the checks, which are quick: these import scipy and optuna.
-    from dpt_search.search_stages import decide
-    from dpt_search.summary import recommendation_table
-
-    print(recommendation_table(decide(run, budgets)["budgets"]))
+    for line in answer(run, budgets) if budgets else answer_all(run, given.against):
+        print(line)
     return 0
 
 

@@ -21,7 +21,7 @@ from dpt_search.problem import Probe, Problem
 from dpt_search.strategies import STRATEGIES
 from dpt_search.surface_table import SurfaceTable
 from dpt_search.walk_table import WalkTrial
-from search_spaces.budgets import Budget
+from search_spaces.goals import Goal
 from search_spaces.ratios import Cell
 
 POINT = 0.01
@@ -60,7 +60,7 @@ class Judge:
     """What a replay observes, and what its decisions are worth."""
 
     def __init__(
-        self, table: SurfaceTable, budgets: Sequence[Budget], seed: int, probes: ProbeSeeds | None = None
+        self, table: SurfaceTable, budgets: Sequence[Goal], seed: int, probes: ProbeSeeds | None = None
     ) -> None:
         """
         Args:
@@ -89,9 +89,9 @@ class Judge:
         seen = np.where(np.isfinite(seen), seen, np.nanmean(table.accuracies, axis=1))
         self.floor = np.array([self._lost(line, line[int(np.argmax(seen[line]))]) for line in self._lines])
 
-    def _judged(self, budget: Budget) -> np.ndarray:
+    def _judged(self, budget: Goal) -> np.ndarray:
         """Return the cells of a budget's line whose worth the other seeds tell."""
-        known = (self._index[c] for c in budget.feasible(self._table.space) if c in self._index)
+        known = (self._index[c] for c in budget.cells if c in self._index)
         line = np.array([i for i in known if np.isfinite(self._truth[i])], dtype=np.int64)
         if not len(line):
             raise ValueError(f"the table has too few trials of {budget} to judge by")
@@ -186,7 +186,7 @@ def table_noise(table: SurfaceTable) -> float:
 def replay(
     table: SurfaceTable,
     name: str,
-    budgets: Sequence[Budget],
+    budgets: Sequence[Goal],
     *,
     seed: int,
     workers: int,
@@ -243,7 +243,7 @@ def replay(
 def compare(
     table: SurfaceTable,
     names: Sequence[str],
-    budgets: Sequence[Budget],
+    budgets: Sequence[Goal],
     *,
     seeds: int,
     workers: int,

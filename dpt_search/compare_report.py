@@ -25,7 +25,8 @@ from dpt_search.strategies import INHERITED, STRATEGIES
 from dpt_search.summary import text_table
 from dpt_search.surface_table import SurfaceTable, read_table
 from dpt_search.walk_table import read_walks
-from search_spaces.budgets import Budget, parse_budgets
+from search_spaces.budgets import parse_budgets
+from search_spaces.goals import Goal, goals, unit_goals
 from search_spaces.ratios import RatioSpace
 from trainables.locations import is_dir, read_bytes, write_bytes
 
@@ -49,7 +50,7 @@ class Request:
     Attributes:
         tables: where the tables are; a table's probes lie beside it.
         names: keys of `STRATEGIES`; none for all.
-        budget: text form; empty for `default_budgets`.
+        budget: text form; empty for the default of `budgets_of`.
         workers: trials at a time; several numbers are compared by the time and the cost that they need.
         seeds: replays of every strategy.
         max_trials: trials of every replay.
@@ -94,7 +95,7 @@ def run_comparison(request: Request) -> Iterator[str]:
     for location in request.tables:
         table = read_table(location)
         try:
-            budgets = list(parse_budgets(request.budget)) if request.budget else default_budgets(table.space)
+            budgets = budgets_of(request.budget, table.space)
             groups = [_curves(request, location, table, budgets, workers) for workers in request.workers]
         except ValueError as error:
             raise BadConfig(f"{location}: {error}") from None
@@ -122,7 +123,7 @@ def write_curves(folder: str, name: str, curves: Sequence[Curve]) -> None:
 
 
 def _curves(
-    request: Request, location: str, table: SurfaceTable, budgets: Sequence[Budget], workers: int
+    request: Request, location: str, table: SurfaceTable, budgets: Sequence[Goal], workers: int
 ) -> tuple[list[Curve], list[Curve]]:
     """Return every strategy's curve over cost, and over virtual time."""
     walks = read_walks(beside(location, "walks"))
@@ -158,9 +159,15 @@ def _prior(location: str, space: RatioSpace) -> Array | None:
     return resampled(Blend(ratios(table.space)).posterior(data).mean, table.space, space)
 
 
-def default_budgets(space: RatioSpace) -> list[Budget]:
-    """Return every second number of units from 4 up to 5/6 of all."""
-    return [Budget(units) for units in range(min(4, space.total), 5 * space.total // 6 + 1, 2)]
+def budgets_of(text: str, space: RatioSpace) -> tuple[Goal, ...]:
+    """Return the budgets that a text names, or by default every second number of units from 4 up to 5/6 of all.
+
+    Raises:
+        ValueError: the text cannot be read, or a budget is larger than the space or not one of units.
+    """
+    if text:
+        return goals(parse_budgets(text), space)
+    return unit_goals(space, *range(min(4, space.total), 5 * space.total // 6 + 1, 2))
 
 
 def comparison_table(curves: Sequence[Curve]) -> str:
@@ -220,17 +227,8 @@ def csv_of(curves: Sequence[Curve]) -> str:
     rows.writerow(["strategy", "cost", "mean", "low", "high", "lower_quartile", "upper_quartile", "hit_rate"])
     for curve in curves:
         for i, cost in enumerate(curve.cost):
-            rows.writerow(
-                [
-                    curve.name,
-                    cost,
-                    curve.mean[i],
-                    curve.low[i],
-                    curve.high[i],
-                    *curve.quartiles[:, i],
-                    curve.hit_rate[i],
-                ]
-            )
+            regrets = (curve.mean[i], curve.low[i], curve.high[i], *curve.quartiles[:, i])
+            rows.writerow([curve.name, cost, *regrets, curve.hit_rate[i]])
     return stream.getvalue()
 
 

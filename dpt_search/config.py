@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from search_spaces import BadInput
 from search_spaces.budgets import Budget, parse_budgets
+from search_spaces.plan import PruningPlan
 from trainables.settings import DataSettings, ModelSettings, Recipe
 from trainables.tasks import FORMATS
 
@@ -45,9 +46,16 @@ class RunConfig:
     device: Literal["cpu", "cuda", "npu"] = "cpu"
     """Where models run."""
     budget: str = "units=4,6,8,10"
-    """What results must reach: units=8, or several at once: units=4,6,8,10."""
+    """What results must reach: units=8 removed; speedup=1.5 at batch 64, speedup@1=1.3 at batch 1; macs=0.6 or
+    params=40M left, up to 1 as a share of the dense model's. Several at once: "units=4,6 speedup=1.3,1.5"."""
     finetune_budget: str = ""
-    """The budget whose recommendation is fine-tuned and exported; empty: the largest."""
+    """The budget whose recommendation is fine-tuned and exported; empty: the last, of one quantity the strictest."""
+    max_attn: int | None = None
+    """Remove at most this many attentions; left out: any number."""
+    max_act: int | None = None
+    """Remove at most this many activations; left out: any number."""
+    keep: str = ""
+    """Units that are never removed, such as "attn:0,11 act:0"; pruning ratios count the others only."""
     adapt: Recipe = field(default_factory=_adapt_recipe)
     """How the dense model is adapted to the data first; adapt.epochs=0 (--adapt-epochs) leaves it as it is."""
     ranking: Literal["taylor", "conditional"] = "taylor"
@@ -68,7 +76,7 @@ class RunConfig:
     """What the probe trains on: uniform, all cells alike; line, the budgets alike, and the cells of each."""
     probe_sandwich: bool = False
     """Train every batch of the probe as the dense model and as a smallest one too, at three times the cost."""
-    probe_cells: int = 40
+    probe_cells: int = 16
     """Cells of the budgets to evaluate with the probe's weights, well spread; the others follow smoothly. 0: all."""
     prior: list[str] = field(default_factory=list)
     """Directories of earlier runs whose surfaces hint at this one's; how far is learnt. Repeatable: --prior+=RUN."""
@@ -105,13 +113,29 @@ class RunConfig:
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
-        """The budgets asked for, smallest first."""
+        """The budgets asked for, those of one quantity from the mildest on."""
         return parse_budgets(self.budget)
 
     @property
     def chosen_budget(self) -> Budget:
         """The budget whose recommendation is fine-tuned."""
         return parse_budgets(self.finetune_budget)[0] if self.finetune_budget else self.budgets[-1]
+
+    @property
+    def kept(self) -> PruningPlan:
+        """The units that are never removed."""
+        return PruningPlan.parse(self.keep)
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """The most units that may go, of the kinds that have such a limit."""
+        return {kind: most for kind, most in (("attn", self.max_attn), ("act", self.max_act)) if most is not None}
+
+    @property
+    def batches(self) -> list[int]:
+        """Batch sizes at which speed is measured: those asked for, and those of the budgets."""
+        wanted = (budget.batch for budget in self.budgets if budget.batch)
+        return list(dict.fromkeys([*self.timing_batches, *wanted]))
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -124,7 +148,7 @@ _GROWING = (
     "run_dir", "budget", "finetune_budget", "max_trials", "max_hours", "trial_timeout", "max_concurrent",
     "max_failures", "cpus_per_trial", "devices_per_trial", "finetune.", "finetune_workers", "data.cache_dir",
     "data.workers", "data.root", "timing_batches", "timing_seconds", "sampler", "design", "probe_",
-    "refine", "prior", "baseline", "export_formats",
+    "refine", "prior", "max_attn", "max_act", "baseline", "export_formats",
 )  # fmt: skip
 """Fields, or groups of them, that a later start may change."""
 
@@ -143,8 +167,11 @@ def check(config: RunConfig) -> None:
         if config.chosen_budget not in config.budgets:
             raise BadConfig(
                 f"finetune_budget {config.finetune_budget!r} is not one of budget {config.budget!r}: name one "
-                "of them, or leave it empty for the largest"
+                "of them, or leave it empty for the last"
             )
+        _ = config.kept
+    except BadConfig:
+        raise
     except ValueError as error:
         raise BadConfig(str(error)) from None
     _check_numbers(config)
@@ -216,7 +243,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
         for name, value in _flat(asdict(config)).items()
         if not name.startswith(_GROWING)
         or (probe and name.startswith("probe_") and name != "probe_cells")
-        or (lines and name == "budget")
+        or (lines and name in ("budget", "max_attn", "max_act"))
     }
 
 

@@ -13,6 +13,7 @@ from search_spaces.plan import Unit
 
 NAME = "costs.parquet"
 _SECONDS = "seconds_"
+_SPREAD = "spread_"
 
 
 def write_costs(store: RunStore, device: str, rows: list[dict[str, Any]]) -> None:
@@ -31,16 +32,20 @@ def read_costs(store: RunStore) -> UnitCosts | None:
         return None
     try:
         table = from_bytes(store.read(NAME))
-        rows = {(row["kind"], row["index"]): _cost(row) for row in table.to_pylist()}
-        dense = rows.pop(("dense", -1))
+        rows = {(row["kind"], row["index"]): row for row in table.to_pylist()}
+        dense = _cost(rows.pop(("dense", -1)))
+        saved = {Unit(*key): _cost(row) for key, row in rows.items()}
     except (pa.ArrowException, KeyError) as error:
         raise BadRun(
             f"cannot read {store.path(NAME)} ({first_line(error)}): remove it to have it measured again"
         ) from None
     device = (table.schema.metadata or {}).get(b"device", b"").decode()
-    return UnitCosts(dense, {Unit(kind, index): cost for (kind, index), cost in rows.items()}, device)
+    return UnitCosts(dense, saved, device, {Unit(*key): _by_batch(row, _SPREAD) for key, row in rows.items()})
 
 
 def _cost(row: dict[str, Any]) -> Cost:
-    seconds = {int(name.removeprefix(_SECONDS)): row[name] for name in row if name.startswith(_SECONDS)}
-    return Cost(row["macs"], row["params"], seconds)
+    return Cost(row["macs"], row["params"], _by_batch(row, _SECONDS))
+
+
+def _by_batch(row: dict[str, Any], prefix: str) -> dict[int, float]:
+    return {int(name.removeprefix(prefix)): row[name] for name in row if name.startswith(prefix)}

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpt_search.costs_table import read_costs
+from dpt_search.decisions import cell_costs
 from dpt_search.observed import ended, surface_trials
 from dpt_search.store import BadRun, Finished, RunStore, TrialLog
+from search_spaces.budgets import parse_budgets
 from search_spaces.costs import UnitCosts
+from search_spaces.goals import CellCosts
 from search_spaces.plan import Ranking
 
 
@@ -27,6 +30,7 @@ class Found:
     finetune: dict[str, Any] | None
     baseline: dict[str, Any] | None
     export: dict[str, Any] | None
+    cell_costs: CellCosts | None
     stages: list[dict[str, Any]]
 
     @property
@@ -48,7 +52,9 @@ class Found:
         """The recommendation of the budget that is, or was, fine-tuned."""
         config, done = self.run["config"], self.export or self.finetune
         wanted = done["budget"] if done else config["finetune_budget"]
-        # Unless another is named, the largest is.
+        # As it is written there, whatever was typed.
+        wanted = str(parse_budgets(wanted)[0]) if wanted else ""
+        # Unless another is named, the last is.
         return next((row for row in self.rows[::-1] if row["budget"] == wanted or not wanted), None)
 
     @property
@@ -79,6 +85,7 @@ def read_run(store: RunStore) -> Found:
         finetune=store.read_json("finetune/finetune.json"),
         baseline=store.read_json("baseline/baseline.json"),
         export=store.read_json("export/summary.json"),
+        cell_costs=cell_costs(store),
         stages=sorted(stamps, key=lambda stamp: stamp["finished_at"]),
     )
 
@@ -98,6 +105,9 @@ def warnings(found: Found) -> list[str]:
         if timing["low"] <= 1:
             ends = f"{timing['low']:.2f}x to {timing['high']:.2f}x"
             lines.append(f"at batch {batch} the speedup cannot be told from none ({ends})")
+    told = (found.export or {}).get("verdict")
+    if told is not None and not told["met"]:
+        lines.append(told["text"])
     if found.export and "baseline" not in found.export and found.export["difference"]["low"] > 0:
         lines.append(
             "the merged model had a fine-tune that the dense model had not: some of its gain is not pruning's; "

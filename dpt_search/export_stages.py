@@ -8,6 +8,7 @@ from typing import Any
 from dpt_search.run import Run, digest_of, identity_of
 from dpt_search.store import BadRun
 from dpt_search.training import clear, train
+from dpt_search.verdict import verdict
 from search_spaces.plan import PruningPlan
 from trainables.tasks import FORMATS, ExportTask
 
@@ -64,13 +65,15 @@ def export(run: Run) -> None:
             plan=found["plan"],
             weights=run.store.path("finetune/model.safetensors"),
             folder=run.store.path("export"),
-            batches=tuple(run.config.timing_batches),
+            batches=tuple(run.config.batches),
             formats=formats,
             baseline=weights,
         )
         summary = run.call("trainables.export:export", task)
-        run.store.write_json("export/summary.json", {**summary, "budget": found["budget"]})
+        told = verdict(found["budget"], summary)
+        run.store.write_json("export/summary.json", {**summary, "budget": found["budget"], "verdict": told})
+        run.say(told["text"])
         run.say(f"merged and unmerged logits differ by {summary['largest_logit_difference']:.1e} of the largest")
 
-    inputs = [found["inputs"], found["plan"], run.config.timing_batches, formats, digest]
+    inputs = [found["inputs"], found["plan"], run.config.batches, formats, digest]
     run.stage("export", inputs, "export/summary.json", work)

@@ -7,7 +7,7 @@ import optuna
 from dpt_search.map_predictor import Array
 from dpt_search.problem import Observed, Problem
 from dpt_search.samplers import cell_of, make_sampler, search_space
-from search_spaces.budgets import Budget
+from search_spaces.goals import Goal
 from search_spaces.ratios import Cell
 
 
@@ -50,15 +50,15 @@ class LineByLine:
         return None
 
     def _new_cell(
-        self, study: optuna.Study, space: dict[str, optuna.distributions.BaseDistribution], budgets: list[Budget]
+        self, study: optuna.Study, space: dict[str, optuna.distributions.BaseDistribution], budgets: list[Goal]
     ) -> tuple[optuna.Study, optuna.Trial, Cell] | None:
-        line = budgets[0].feasible(self._problem.space)
+        line = budgets[0].cells
         if self._tried.issuperset(line):
             return None
         means = self._observed.means()
         for _ in range(self.ATTEMPTS):
             trial = study.ask(space)
-            cell = cell_of(trial.params, self._problem.space, budgets)
+            cell = cell_of(trial.params, budgets)
             if cell not in self._tried:
                 self._tried.add(cell)
                 return study, trial, cell
@@ -69,8 +69,7 @@ class LineByLine:
         cell = next(cell for cell in line if cell not in self._tried)
         self._tried.add(cell)
         # The sampler repeats itself: take a cell that is left; its result is known to the study as an added trial.
-        params = {"n_attn": cell.n_attn} if "n_attn" in space else {"cell": line.index(cell)}
-        study.enqueue_trial(params)
+        study.enqueue_trial({"cell": line.index(cell)})
         return study, study.ask(space), cell
 
     def tell(self, token: int, accuracy: float) -> None:

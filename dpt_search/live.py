@@ -16,10 +16,13 @@ import numpy as np
 from dpt_search.allowance import Allowance, Prices
 from dpt_search.config import RunConfig, check, identity
 from dpt_search.costs_table import read_costs
+from dpt_search.decisions import NAME as MEASURED
+from dpt_search.decisions import goals_of
 from dpt_search.hints import hints_of, prior_surface
 from dpt_search.lease import Lease
 from dpt_search.map_predictor import Array
 from dpt_search.observed import surface_trials
+from dpt_search.posterior import Hint
 from dpt_search.probe_stage import has_probe, probe_task
 from dpt_search.probe_table import read_probe
 from dpt_search.problem import Observed, Problem
@@ -28,7 +31,7 @@ from dpt_search.samplers import PURE
 from dpt_search.search_stages import search
 from dpt_search.store import BadRun, RunStore, TrialLog
 from dpt_search.table_records import checked_ranking
-from search_spaces.budgets import Budget
+from search_spaces.goals import Goal
 from search_spaces.plan import PruningPlan
 from search_spaces.ratios import Cell
 from trainables.tasks import TrialTask
@@ -130,6 +133,8 @@ def opened(run: Run, out: RunStore, name: str, number: int, prices: Prices, told
     _check_settings(store, settings)
     for shared in _SHARED:
         store.write(shared, run.store.read(shared))
+    # Plans that were built and timed say which cells meet a limit, in the search as in the run.
+    store.write_json(MEASURED, run.store.read_json(MEASURED) or {})
     store.write_json("live.json", settings)
     made = open_run(config, lambda line: run.say(f"{name} {number}: {line}"))
     return Search(name, number, replace(made, reseed=RESEED * (1 + number), session=run.session), prices)
@@ -150,8 +155,16 @@ def _settings(run: Run, config: RunConfig, number: int) -> dict[str, Any]:
     growing = {k: v for k, v in asdict(config).items() if k in ("sampler", "budget", "design", "prior")}
     probe = {k: v for k, v in asdict(config).items() if k.startswith("probe_")}
     shared = {name: digest_of(run.store.read(name).hex()) for name in _SHARED}
-    told: dict[str, Any] = json.loads(json.dumps({**identity(config), **growing, **probe, **shared, "number": number}))
-    return told
+    told = {**identity(config), **growing, **probe, **shared, **_fronts(run, config), "number": number}
+    made: dict[str, Any] = json.loads(json.dumps(told))
+    return made
+
+
+def _fronts(run: Run, config: RunConfig) -> dict[str, list[tuple[int, int]]]:
+    """Return the cells of the budgets whose text does not say it all: those that costs or limits bear on."""
+    asked = [budget for budget in config.budgets if budget.quantity != "units" or config.limits]
+    found = goals_of(run, asked) if asked else ()
+    return {f"front of {goal}": [(cell.n_attn, cell.n_act) for cell in goal.cells] for goal in found}
 
 
 def _check_settings(store: RunStore, settings: dict[str, Any]) -> None:
@@ -163,18 +176,18 @@ def _check_settings(store: RunStore, settings: dict[str, Any]) -> None:
         )
 
 
-def decided(each: Search, budgets: Sequence[Budget], max_cost: float) -> Decisions:
+def decided(each: Search, budgets: Sequence[Goal], max_cost: float) -> Decisions:
     """Return what a search would have decided on its way, in the order in which probe and trials ended.
 
     Args:
         each: a search.
-        budgets: what is decided.
+        budgets: what is decided, each with the cells it is decided among.
         max_cost: limit of what counts, in trials of the dense model.
     """
     run, hinted, unit = each.run, SAMPLERS[each.name] == "map", each.prices.unit
     ranking = read_ranking(run)
     seen = Observed(Problem(ranking.space, budgets, lambda cell: 1.0, run.config.seed), degree=2)
-    seen.take_hints([prior_surface(location, ranking.space) for location in run.config.prior])
+    seen.take_hints([Hint(prior_surface(location, ranking.space)) for location in run.config.prior])
     probe = run.store.read_json("stages/probe.json") if hinted else None
     events: list[tuple[float, Any]] = [(f.time, f) for f in surface_trials(TrialLog(run.store), ranking)]
     if probe is not None:

@@ -12,16 +12,18 @@ from dpt_search.compare import POINT, Judge, Trace
 from dpt_search.compare_report import comparison_table, csv_of, write_curves, write_page
 from dpt_search.config import BadConfig
 from dpt_search.curves import Curve, mean_curve
+from dpt_search.decisions import goals_of
 from dpt_search.live import SAMPLERS, Decisions, Search, decided, opened, prices_of
 from dpt_search.observed import ended
 from dpt_search.remote import StageFailed
-from dpt_search.run import Run, check_budgets
+from dpt_search.run import Run
 from dpt_search.store import RunStore, TrialLog
 from dpt_search.summary import text_table
 from dpt_search.surface_table import NAME, SurfaceTable, read_table
 from dpt_search.table_records import checked_ranking, run_missing
 from dpt_search.tabulate import job_of, known_rows, records_of
-from search_spaces.budgets import Budget, parse_budgets
+from search_spaces.budgets import parse_budgets
+from search_spaces.goals import Goal
 from search_spaces.plan import Ranking
 from search_spaces.ratios import Cell
 from trainables.locations import write_bytes
@@ -39,7 +41,7 @@ _BY_TABLE = (
 _BY_TRIALS = (
     "The run has no table, so the cells that were chosen at the end were judged by trials of their own with new "
     "seeds, shared between samplers that chose the same cell. Regret is against the best of the judged cells that "
-    "meet the budget, which need not be the best there is, and no noise floor is known: none is taken off."
+    "a budget is decided among, which need not be the best there is, and no noise floor is known: none is taken off."
 )
 
 
@@ -96,7 +98,7 @@ def run_live(run: Run, request: Request) -> Iterator[str]:
     """
     request.check()
     ranking = checked_ranking(run)
-    budgets = _budgets(request, run, ranking)
+    budgets = _budgets(request, run)
     out = RunStore(request.out or run.store.path("live"))
     table = own_table(run, ranking)
     prices = prices_of(run, out)
@@ -116,7 +118,7 @@ def run_live(run: Run, request: Request) -> Iterator[str]:
     else:
         tried = judged_cells(run, ranking, _chosen(made, request.max_cost), request.judge_seeds)
         means = {cell: float(np.mean(accuracies)) for cell, accuracies in tried.items()}
-        traces = [judged_by_trials(means, ranking, budgets, found, request.max_cost) for _, found in made]
+        traces = [judged_by_trials(means, budgets, found, request.max_cost) for _, found in made]
         judged = (
             f"judged by {request.judge_seeds} trials each of the {len(means)} cells chosen at the end{_noise(tried)}"
         )
@@ -137,13 +139,12 @@ def _check_cost(searches: Sequence[Search], max_cost: float) -> None:
         )
 
 
-def _budgets(request: Request, run: Run, ranking: Ranking) -> tuple[Budget, ...]:
+def _budgets(request: Request, run: Run) -> tuple[Goal, ...]:
     try:
         budgets = parse_budgets(request.budget) if request.budget else run.config.budgets
     except ValueError as error:
         raise BadConfig(str(error)) from None
-    check_budgets(budgets, ranking.space)
-    return budgets
+    return goals_of(run, budgets)
 
 
 def own_table(run: Run, ranking: Ranking) -> SurfaceTable | None:
@@ -154,7 +155,7 @@ def own_table(run: Run, ranking: Ranking) -> SurfaceTable | None:
     return table if table.accuracies.shape[1] > 1 else None
 
 
-def _judged_by_table(table: SurfaceTable, budgets: Sequence[Budget], each: Search, found: Decisions) -> Trace:
+def _judged_by_table(table: SurfaceTable, budgets: Sequence[Goal], each: Search, found: Decisions) -> Trace:
     try:
         judge = Judge(table, budgets, each.number)
     except ValueError as error:
@@ -202,13 +203,11 @@ def _noise(tried: Mapping[Cell, Sequence[float]]) -> str:
     return f"; standard error of a cell's mean {error / POINT:.2f} points"
 
 
-def judged_by_trials(
-    means: Mapping[Cell, float], ranking: Ranking, budgets: Sequence[Budget], found: Decisions, max_cost: float
-) -> Trace:
+def judged_by_trials(means: Mapping[Cell, float], budgets: Sequence[Goal], found: Decisions, max_cost: float) -> Trace:
     """Return what a search's last decisions within the cost lose against the best judged cell of each budget."""
     lost = []
     for budget, cell in zip(budgets, found.chosen[found.last(max_cost)], strict=True):
-        lost.append(max(means[each] for each in budget.feasible(ranking.space) if each in means) - means[cell])
+        lost.append(max(means[each] for each in budget.cells if each in means) - means[cell])
     at = np.array([max_cost])
     return Trace(at, at, np.array([lost]), np.zeros(len(lost)), float("nan"), found.upfront)
 
@@ -223,7 +222,7 @@ def _curves(request: Request, searches: Sequence[Search], traces: Sequence[Trace
     return [mean_curve(name, group, grid) for name, group in groups.items()]
 
 
-def decision_table(made: Sequence[tuple[Search, Decisions]], budgets: Sequence[Budget], max_cost: float) -> str:
+def decision_table(made: Sequence[tuple[Search, Decisions]], budgets: Sequence[Goal], max_cost: float) -> str:
     """Return one line per search: its trials, what they and its probe cost, and the cell that it chose per budget."""
     rows = []
     for each, found in made:

@@ -17,8 +17,8 @@ from optuna.trial import FrozenTrial, TrialState
 from dpt_search.blend import Blend
 from dpt_search.knowledge_gradient import knowledge_gradient
 from dpt_search.map_predictor import Array
-from dpt_search.posterior import Data, Posterior
-from search_spaces.budgets import Budget
+from dpt_search.posterior import Data, Hint, Posterior
+from search_spaces.goals import Goal
 from search_spaces.ratios import Cell, RatioSpace
 
 PARAMETERS = ("n_attn", "n_act")
@@ -41,36 +41,32 @@ class MapSampler(BaseSampler):
     def __init__(
         self,
         space: RatioSpace,
-        budgets: Sequence[Budget],
+        budgets: Sequence[Goal],
         cost: Callable[[Cell], float] = lambda cell: 1.0,
         degree: int = 2,
         design: str = "lines",
-        hints: Callable[[], Sequence[Array]] = tuple,
+        hints: Callable[[], Sequence[Hint]] = tuple,
     ) -> None:
         """
         Args:
             space: the lattice.
-            budgets: what the search has to decide.
+            budgets: what the search has to decide, each with the cells it is decided among.
             cost: of one trial of a cell, in any unit.
             degree: total degree of the polynomial mean; 0 leaves a constant one.
             design: name in `DESIGNS` of what to try first.
-            hints: asked before every proposal for the earlier surfaces there are by now, [cells] each, in units of
-                accuracy; there may come more.
-
-        Raises:
-            ValueError: a budget is larger than the space.
+            hints: asked before every proposal for the earlier surfaces there are by now; there may come more.
         """
         self._space = space
         self._cells = list(space)
         self._index = {cell: i for i, cell in enumerate(self._cells)}
-        self._lines = [np.array([self._index[c] for c in budget.feasible(space)]) for budget in budgets]
+        self._lines = [np.array([self._index[c] for c in budget.cells]) for budget in budgets]
         self._design = DESIGNS[design](space, budgets)
         self._hinted_design = hinted_design(space, budgets) if design == "lines" else self._design
         self._costs = np.array([cost(cell) for cell in self._cells])
         self._feasible = np.unique(np.concatenate(self._lines))
         self._degree, self._hints = degree, hints
         self._blend = Blend(ratios(space), degree)
-        self._known: list[Array] = []
+        self._known: list[Hint] = []
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Both counts are proposed together."""
@@ -159,7 +155,9 @@ class MapSampler(BaseSampler):
 
     def _take_hints(self) -> None:
         hints = list(self._hints())
-        same = len(hints) == len(self._known) and all(map(np.array_equal, hints, self._known))
+        same = len(hints) == len(self._known) and all(
+            np.array_equal(hint.mean, known.mean) for hint, known in zip(hints, self._known, strict=True)
+        )
         if not same:
             self._blend, self._known = Blend(ratios(self._space), self._degree, hints), hints
 
@@ -185,22 +183,23 @@ class MapSampler(BaseSampler):
         return self._index.get(Cell(*counts)) if min(counts) >= 0 else None
 
 
-def initial_design(space: RatioSpace, budgets: Sequence[Budget]) -> list[Cell]:
+def initial_design(space: RatioSpace, budgets: Sequence[Goal]) -> list[Cell]:
     """Return what to try before there is anything to learn from.
 
     Of the middle budget's line the middle and, a sixth of its length inside, both ends: the ends themselves lie beyond
     cliffs more often than not. For several budgets the dense model too, which tells how far the plateau goes.
     """
-    ordered = sorted(budgets)
-    line = ordered[len(ordered) // 2].feasible(space)
+    ordered = sorted(budgets, key=lambda budget: budget.depth)
+    line = ordered[len(ordered) // 2].cells
     inside = round(len(line) / 6)
     cells = [line[len(line) // 2], line[-1 - inside], line[inside], *([Cell(0, 0)] if len(budgets) > 1 else [])]
     return list(dict.fromkeys(cells))
 
 
-def hinted_design(space: RatioSpace, budgets: Sequence[Budget]) -> list[Cell]:
+def hinted_design(space: RatioSpace, budgets: Sequence[Goal]) -> list[Cell]:
     """Return what to try first where there are hints: the middle of the largest budget and of the smallest."""
-    lines = (max(budgets).feasible(space), min(budgets).feasible(space))
+    ordered = sorted(budgets, key=lambda budget: budget.depth)
+    lines = (ordered[-1].cells, ordered[0].cells)
     return list(dict.fromkeys(line[len(line) // 2] for line in lines))
 
 
@@ -223,7 +222,7 @@ def published_walks(space: RatioSpace) -> list[Cell]:
     return [*single_kind_walks(space), *interleaved_walk(space)]
 
 
-DESIGNS: dict[str, Callable[[RatioSpace, Sequence[Budget]], list[Cell]]] = {
+DESIGNS: dict[str, Callable[[RatioSpace, Sequence[Goal]], list[Cell]]] = {
     "lines": initial_design,
     "walk": lambda space, budgets: published_walks(space),
     "interleaved": lambda space, budgets: [Cell(0, 0), *interleaved_walk(space)],

@@ -18,7 +18,6 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.patheffects import withStroke
 from matplotlib.rcsetup import cycler
-from matplotlib.transforms import ScaledTranslation
 
 from dpt_search.store import Finished
 from search_spaces.plan import KINDS, PruningPlan, Ranking
@@ -30,11 +29,6 @@ Draw = Callable[[Figure], None]
 _PAPERS: dict[str, dict[str, Any]] = {
     "light": {"ink": "#22262b", "quiet": "#8a929b", "paper": "#ffffff", "cycle": ["#0072B2", "#D55E00"]},
     "dark": {"ink": "#dfe3e8", "quiet": "#8a929b", "paper": "#1b1f24", "cycle": ["#56B4E9", "#E69F00"]},
-}
-_LOOKS: dict[str, dict[str, Any]] = {
-    "predicted": {"color": "C0", "marker": "o", "fillstyle": "none"},
-    "observed": {"color": "C0", "marker": "o"},
-    "confirmed": {"color": "C0", "marker": "D"},
 }
 
 
@@ -124,12 +118,12 @@ def _bar(axes: Any, image: Any, unit: str, extend: str = "neither", height: floa
 
 def _budget_lines(axes: Any, rows: Sequence[Mapping[str, Any]], space: RatioSpace) -> None:
     for row in rows:
-        quantity, _, units = row["budget"].partition("=")
-        line = space.line(int(units)) if quantity == "units" else []
-        if line:
-            x, y = [cell.n_act for cell in line[::-1]], [cell.n_attn for cell in line[::-1]]
-            axes.plot(x, y, color="white", linewidth=1, path_effects=_halo(2.2), zorder=2)
-            _note(axes, units, x[0], y[0], (-3, 8))
+        quantity, _, value = row["budget"].partition("=")
+        # Runs of earlier versions have budgets of units only, and no candidates.
+        line = row.get("candidates") or [(cell.n_attn, cell.n_act) for cell in space.line(int(value))]
+        y, x = zip(*line[::-1], strict=True)
+        axes.plot(x, y, color="white", linewidth=1, path_effects=_halo(2.2), zorder=2)
+        _note(axes, value if quantity == "units" else row["budget"], x[0], y[0], (-3, 8))
 
 
 def _note(axes: Any, text: str, x: float, y: float, offset: tuple[int, int]) -> None:
@@ -155,72 +149,6 @@ def _observations(axes: Any, trials: Sequence[Finished], norm: Normalize) -> Non
     for cell, repeats in cells.items():
         if len(repeats) > 1:
             _note(axes, f"{len(repeats)}", cell.n_act, cell.n_attn, (6, 4))
-
-
-def tradeoff(
-    figure: Figure,
-    rows: Sequence[Mapping[str, Any]],
-    batch: str,
-    trials: Sequence[tuple[float, float]],
-    dense: Mapping[str, Any] | None,
-    exported: Mapping[str, Any] | None,
-) -> None:
-    """Draw accuracy against speedup.
-
-    Args:
-        figure: where to draw.
-        rows: recommendations with their predicted accuracy on val and speedup.
-        batch: the batch size of the speedups.
-        trials: predicted speedup and observed accuracy on val of each finished trial.
-        dense: accuracy, low and high of the dense model on val.
-        exported: the export's summary: accuracies on test and measured speedups.
-    """
-    axes = figure.subplots()
-    axes.grid(True)
-    axes.set_xlabel(f"speedup at batch {batch}")
-    axes.set_ylabel("accuracy, %")
-    axes.xaxis.set_major_formatter("{x:.2g}x")
-    for row in rows:
-        x, status = row["speedup"][batch], row["status"]
-        _interval(axes, x, row["mean"], row, _LOOKS[status], f"recommended, {status}")
-        axes.annotate(
-            row["budget"], (x, 100 * row["mean"]), (-5, -11), textcoords="offset points", fontsize=8.5, color="C0",
-            ha="right",
-        )  # fmt: skip
-    if dense is not None:
-        _interval(axes, 1.0, dense["accuracy"], dense, {"color": "C0", "marker": "s"}, "dense, on val", -4)
-    if exported is not None:
-        before, after, x = exported["dense"], exported["merged"], exported["timing"][batch]["speedup"]
-        _interval(axes, 1.0, before["accuracy"], before, {"color": "C1", "marker": "s"}, "dense, on test", 4)
-        label = f"merged ({exported['budget']}), on test"
-        _interval(axes, x, after["accuracy"], after, {"color": "C1", "marker": "*", "markersize": 11}, label)
-    _trial_dots(axes, trials)
-    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    axes.legend(handles.values(), handles, loc="lower left")
-
-
-def _trial_dots(axes: Any, trials: Sequence[tuple[float, float]]) -> None:
-    """Draw the trials, but do not let the worst of them squeeze the rest: those are only counted."""
-    low, high = axes.get_ylim()
-    shown = [(x, 100 * y) for x, y in trials if 100 * y > low - 0.5 * (high - low)]
-    left_out = len(trials) - len(shown)
-    label = f"trial, on val ({left_out} more below)" if left_out else "trial, on val"
-    if shown:
-        axes.scatter([x for x, _ in shown], [y for _, y in shown], s=14, color="C2", linewidth=0, label=label)
-
-
-def _interval(
-    axes: Any, x: float, y: float, ends: Mapping[str, float], look: dict[str, Any], label: str, offset: int = 0
-) -> None:
-    """Draw a point with its interval, moved aside by some typographic points where two would cover each other."""
-    low, high = 100 * ends["low"], 100 * ends["high"]
-    beside = axes.transData + ScaledTranslation(offset / 72, 0, axes.figure.dpi_scale_trans)
-    axes.plot([x, x], [low, high], color=look["color"], linewidth=1.2, transform=beside)
-    point = {"markersize": 6.5, "linestyle": "none", **look}
-    axes.plot([x], [100 * y], **point, label=label, transform=beside, zorder=3)
-    # With a transform of its own it does not count for the limits.
-    axes.update_datalim([(x, low), (x, high)])
-    axes.autoscale_view()
 
 
 def recovery(figure: Figure, trials: Sequence[Finished], dense: float | None) -> None:

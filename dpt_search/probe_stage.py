@@ -1,4 +1,4 @@
-"""The stage of the elastic probe: shared weights, and an accuracy with them for every feasible cell.
+"""The stage of the elastic probe: shared weights, and an accuracy with them for every cell that may be recommended.
 
 `search` runs it beside the first trials, where there is room for both, and takes what it found when it is there.
 """
@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dpt_search.config import RunConfig
+from dpt_search.decisions import goals_of
 from dpt_search.hints import hints_of
-from dpt_search.map_predictor import Array
+from dpt_search.posterior import Hint
 from dpt_search.probe_table import NAME, SCHEMA, write_probe
 from dpt_search.remote import Pending, StageFailed, begin
-from dpt_search.run import Run, check_budgets, identity_of, read_ranking
+from dpt_search.run import Run, identity_of, read_ranking
 from search_spaces.ratios import Cell, spread
 from trainables.tasks import ProbeTask
 
@@ -86,7 +87,7 @@ class ProbeBeside:
             beside.finish()
         return beside
 
-    def hints(self) -> list[Array]:
+    def hints(self) -> list[Hint]:
         """Return the surfaces that are known by now; never waits."""
         if self.pending is not None and self.pending.is_done():
             self.finish()
@@ -144,12 +145,11 @@ def probe_task(run: Run) -> ProbeTask:
 
     Raises:
         BadRun: there is no ranking yet.
-        BadConfig: a budget is larger than the space.
+        BadConfig: a budget is out of reach.
     """
     config, ranking = run.config, read_ranking(run)
-    check_budgets(config.budgets, ranking.space)
-    lines = tuple(tuple(budget.feasible(ranking.space)) for budget in config.budgets)
-    feasible = spread(ranking.space, sorted({Cell(0, 0), *(cell for line in lines for cell in line)}))
+    lines = tuple(budget.cells for budget in goals_of(run))
+    wanted = spread(ranking.space, sorted({Cell(0, 0), *(cell for line in lines for cell in line)}))
     return ProbeTask(
         **run.task(config.cpus_per_trial),
         recipe=replace(
@@ -157,7 +157,7 @@ def probe_task(run: Run) -> ProbeTask:
         ),
         ranking=ranking,
         lines=lines,
-        cells=tuple(sorted(feasible[: config.probe_cells or None])),
+        cells=tuple(sorted(wanted[: config.probe_cells or None])),
         draw=config.probe_draw,
         sandwich=config.probe_sandwich,
         folder=run.store.path("probe"),

@@ -11,9 +11,9 @@ from dpt_search.blend import Blend
 from dpt_search.config import RunConfig
 from dpt_search.map_predictor import Array
 from dpt_search.map_sampler import ratios
-from dpt_search.posterior import Data
+from dpt_search.posterior import Data, Hint
 from dpt_search.walk_table import WalkTrial
-from search_spaces.budgets import Budget
+from search_spaces.goals import Goal
 from search_spaces.ratios import Cell, RatioSpace, spread
 
 CostOf = Callable[[Cell], float]
@@ -33,9 +33,9 @@ class Probe:
     costs: dict[Cell, float]
     training: float
 
-    def evaluated(self, space: RatioSpace, budgets: Sequence[Budget]) -> list[Cell]:
+    def evaluated(self, space: RatioSpace, budgets: Sequence[Goal]) -> list[Cell]:
         """Return the cells that a run evaluates by default."""
-        feasible = {Cell(0, 0), *(cell for budget in budgets for cell in budget.feasible(space))}
+        feasible = {Cell(0, 0), *(cell for budget in budgets for cell in budget.cells)}
         return spread(space, sorted(feasible & self.accuracies.keys()))[: RunConfig.probe_cells]
 
 
@@ -45,7 +45,7 @@ class Problem:
 
     Attributes:
         space: the lattice.
-        budgets: what is to be decided.
+        budgets: what is to be decided, each with the cells it is decided among.
         cost: of one trial of a cell.
         seed: of all randomness.
         probe: what an elastic probe would say, and cost; None where that is not known.
@@ -54,7 +54,7 @@ class Problem:
     """
 
     space: RatioSpace
-    budgets: Sequence[Budget]
+    budgets: Sequence[Goal]
     cost: CostOf
     seed: int
     probe: Probe | None = None
@@ -74,9 +74,9 @@ class Observed:
         self._problem = problem
         self._degree = degree
         self._index = {cell: i for i, cell in enumerate(problem.space)}
-        self._lines = [budget.feasible(problem.space) for budget in problem.budgets]
+        self._lines = [budget.cells for budget in problem.budgets]
         self._blend = Blend(ratios(problem.space), degree)
-        self._hints: Sequence[Array] = ()
+        self._hints: Sequence[Hint] = ()
         self.cells: list[Cell] = []
         self.accuracies: list[float] = []
 
@@ -91,7 +91,7 @@ class Observed:
             known.setdefault(cell, []).append(accuracy)
         return {cell: float(np.mean(values)) for cell, values in known.items()}
 
-    def take_hints(self, hints: Sequence[Array]) -> None:
+    def take_hints(self, hints: Sequence[Hint]) -> None:
         """Let the posterior know earlier surfaces."""
         self._hints = tuple(hints)
         self._blend = Blend(ratios(self._problem.space), self._degree, hints)
@@ -110,7 +110,7 @@ class Observed:
         """
         mean = self.posterior_mean()
         if mean is None and self._hints:
-            mean = self._hints[0]
+            mean = self._hints[0].mean
         if mean is None:
             return [line[len(line) // 2] for line in self._lines]
         return [max(line, key=lambda cell: mean[self._index[cell]]) for line in self._lines]
@@ -119,12 +119,12 @@ class Observed:
         """Return, per budget, where the best of the observed cells nearest to its line points to on it."""
         means = self.means()
         chosen = []
-        for line, budget in zip(self._lines, self._problem.budgets, strict=True):
+        for line in self._lines:
             if not means:
                 chosen.append(line[len(line) // 2])
                 continue
-            best = min(means, key=lambda cell: (abs(cell.total - budget.units), -means[cell]))
-            chosen.append(min(line, key=lambda cell: abs(cell.n_attn - best.n_attn) + abs(cell.n_act - best.n_act)))
+            best = min(means, key=lambda cell: (min(_steps(cell, other) for other in line), -means[cell]))
+            chosen.append(min(line, key=lambda cell: _steps(cell, best)))
         return chosen
 
     def best_by_observation(self) -> list[Cell]:
@@ -135,3 +135,8 @@ class Observed:
             seen = [cell for cell in line if cell in means]
             chosen.append(max(seen, key=lambda cell: means[cell]) if seen else line[len(line) // 2])
         return chosen
+
+
+def _steps(one: Cell, other: Cell) -> int:
+    """Return how many units one has to put back or take to get from one cell to another."""
+    return abs(one.n_attn - other.n_attn) + abs(one.n_act - other.n_act)

@@ -12,7 +12,7 @@ import numpy as np
 
 from dpt_search.map_predictor import Array, MapPredictor
 from dpt_search.robustness import POINT, Noise, Samples
-from search_spaces.budgets import parse_budgets
+from search_spaces.goals import unit_goals
 from search_spaces.ratios import Cell, RatioSpace
 from trainables.locations import read_bytes
 
@@ -45,7 +45,7 @@ def published_samples() -> Samples:
         predictor = MapPredictor(points, disturbed, degree=2)
         return predictor.predict(everywhere)[0], predictor.sd
 
-    return Samples("HetDPT's samples of DeiT-B", space, parse_budgets("units=4,6,8,10"), accuracies, believe)
+    return Samples("HetDPT's samples of DeiT-B", space, unit_goals(space, 4, 6, 8, 10), accuracies, believe)
 
 
 def published() -> tuple[list[Cell], Array]:

@@ -12,8 +12,8 @@ import numpy as np
 from dpt_search.blend import Blend
 from dpt_search.map_predictor import Array
 from dpt_search.map_sampler import ratios
-from dpt_search.posterior import Data, Posterior
-from search_spaces.budgets import Budget
+from dpt_search.posterior import Data, Hint, Posterior
+from search_spaces.goals import Goal
 from search_spaces.plan import PruningPlan
 from search_spaces.ratios import Cell, RatioSpace
 
@@ -40,7 +40,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The cell with the best posterior mean among those that meet a budget.
+    """The cell with the best posterior mean on a budget's line, or front.
 
     Attributes:
         budget: what it meets.
@@ -53,7 +53,7 @@ class Recommendation:
         status: `predicted`, `observed` (its cell has a finished trial) or `confirmed` (at least two).
     """
 
-    budget: Budget
+    budget: Goal
     cell: Cell
     mean: float
     sd: float
@@ -64,15 +64,15 @@ class Recommendation:
 
 
 def recommend(
-    space: RatioSpace, budgets: Sequence[Budget], observations: Sequence[Observation], hints: Sequence[Array] = ()
+    space: RatioSpace, budgets: Sequence[Goal], observations: Sequence[Observation], hints: Sequence[Hint] = ()
 ) -> tuple[dict[str, Any], list[Recommendation]]:
     """Decide every budget from what was observed.
 
     Args:
         space: the lattice.
-        budgets: what is to be decided.
+        budgets: what is to be decided, each with the cells it is decided among.
         observations: at least one finished trial.
-        hints: [cells] each, earlier surfaces.
+        hints: earlier surfaces.
 
     Returns:
         The surface as plain data (`n_attn`, `n_act`, and `mean` and `sd` as rows of n_attn and columns of n_act), and
@@ -80,7 +80,7 @@ def recommend(
         learnt standard deviation of one trial about its cell's true accuracy.
 
     Raises:
-        ValueError: a budget is larger than the space, or nothing was observed.
+        ValueError: nothing was observed.
     """
     if not observations:
         raise ValueError("nothing was observed yet")
@@ -94,39 +94,36 @@ def recommend(
         "sd": _rows(found.sd, space),
         "noise": found.noise,
     }
-    return surface, [_decide(budget, space, index, found, trials) for budget in budgets]
+    return surface, [_decide(budget, index, found, trials) for budget in budgets]
 
 
-def beliefs(space: RatioSpace, cells: Sequence[Cell], accuracies: Array, hints: Sequence[Array] = ()) -> Posterior:
+def beliefs(space: RatioSpace, cells: Sequence[Cell], accuracies: Array, hints: Sequence[Hint] = ()) -> Posterior:
     """Return what is believed of every cell, in the space's order: the one model that all decisions are made by.
 
     Args:
         space: the lattice.
         cells: of the trials, at least one.
         accuracies: [trials].
-        hints: [cells of the space] each, earlier surfaces.
+        hints: earlier surfaces.
     """
     index = {cell: i for i, cell in enumerate(space)}
     data = Data.of(np.array([index[cell] for cell in cells]), accuracies)
     return Blend(ratios(space), hints=hints).posterior(data)
 
 
-def _decide(
-    budget: Budget, space: RatioSpace, index: dict[Cell, int], beliefs: Posterior, trials: Counter[Cell]
-) -> Recommendation:
-    feasible = budget.feasible(space)
-    line = np.array([index[cell] for cell in feasible])
+def _decide(budget: Goal, index: dict[Cell, int], beliefs: Posterior, trials: Counter[Cell]) -> Recommendation:
+    line = np.array([index[cell] for cell in budget.cells])
     best = int(np.argmax(beliefs.mean[line]))
     mean, sd = float(beliefs.mean[line[best]]), float(beliefs.sd[line[best]])
     return Recommendation(
         budget=budget,
-        cell=feasible[best],
+        cell=budget.cells[best],
         mean=mean,
         sd=sd,
         low=max(0.0, mean - _Z95 * sd),
         high=min(1.0, mean + _Z95 * sd),
         probability_best=_probability_best(beliefs.mean[line], beliefs.covariance[np.ix_(line, line)], best),
-        status=("predicted", "observed", "confirmed")[min(2, trials[feasible[best]])],
+        status=("predicted", "observed", "confirmed")[min(2, trials[budget.cells[best]])],
     )
 
 

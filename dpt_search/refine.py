@@ -17,11 +17,14 @@ from statistics import NormalDist, fmean
 from typing import Any
 
 from dpt_search.costs_table import read_costs
+from dpt_search.decisions import cell_costs
 from dpt_search.observed import REFINE, surface_trials
 from dpt_search.remote import call_each
 from dpt_search.run import Run, identity_of, read_ranking
 from dpt_search.search_stages import chosen_row, decide, speedups
 from dpt_search.store import Finished, Proposed, TrialLog
+from search_spaces.budgets import Budget
+from search_spaces.costs import UnitCosts
 from search_spaces.plan import KINDS, PruningPlan, Ranking, Unit
 from search_spaces.ratios import Cell
 from trainables.tasks import TrialTask
@@ -67,7 +70,8 @@ def refine(run: Run) -> None:
     if not run.config.refine:
         return
     ranking, cell = read_ranking(run), Cell(*chosen_row(run)["cell"])
-    plan, swaps = ranking.plan(cell), swapped_plans(ranking, cell)[: run.config.refine]
+    plan, budget, costs = ranking.plan(cell), run.config.chosen_budget, read_costs(run.store)
+    swaps = [swap for swap in swapped_plans(ranking, cell) if _keeps(budget, costs, plan, swap)][: run.config.refine]
 
     def work(_: str) -> None:
         found = _judged(run, ranking, plan, swaps)
@@ -79,6 +83,14 @@ def refine(run: Run) -> None:
     made = (run.store.read_json("stages/recommend.json") or {}).get("finished_at")
     about = [str(plan), *map(str, swaps)]
     run.stage("refine", [about, str(run.config.chosen_budget), made, identity_of(run.config)], NAME, work)
+
+
+def _keeps(budget: Budget, costs: UnitCosts | None, plan: PruningPlan, swap: PruningPlan) -> bool:
+    """Say whether a swap costs no more than the budget allows, or than the plan that was found to meet it."""
+    if budget.quantity == "units" or costs is None:
+        return True
+    allowed = max(budget.limit(costs.dense), budget.of(costs.of(plan)))
+    return budget.of(costs.of(swap)) <= allowed * (1 + 1e-9)
 
 
 def swapped_plans(ranking: Ranking, cell: Cell) -> list[PruningPlan]:
@@ -188,7 +200,8 @@ def _missing(run: Run, log: TrialLog, plan: PruningPlan, count: int, seen: int) 
 def _recommend(run: Run, found: Verdict) -> None:
     """Write the plan that was chosen into the recommendation; a replaced one is named beside it."""
     recommendation, budget = run.store.read_json("recommendation.json"), str(run.config.chosen_budget)
-    speed = speedups(read_costs(run.store), PruningPlan.parse(found.chosen))
+    costs, plan = cell_costs(run.store), PruningPlan.parse(found.chosen)
+    speed = speedups(costs.costs, plan, costs.measured) if costs is not None else {}
     told: dict[str, Any] = {"plan": found.chosen, "speedup": speed}
     if found.chosen != found.plan:
         told |= {"refined": True, "replaced": found.plan}

@@ -5,17 +5,22 @@ from __future__ import annotations
 import base64
 import shlex
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from dpt_search.decisions import most_of
 from dpt_search.evidence import Found, read_run, warnings
+from dpt_search.pareto import label_of, pareto
 from dpt_search.progress import duration
 from dpt_search.store import Finished, RunStore, TrialLog
+from search_spaces.budgets import Budget
 from search_spaces.plan import PruningPlan, Ranking
 
 if TYPE_CHECKING:
     from dpt_search.plots import Draw
+    from dpt_search.tradeoff_plot import Tradeoff
 
 STAGES = {
     "dense": "the check of the dense model",
@@ -154,6 +159,7 @@ def trial_rows(log: TrialLog) -> list[dict[str, Any]]:
 def drawings(found: Found) -> dict[str, tuple[Draw, tuple[float, float]]]:
     """Return every plot the run has the data for, with its size in inches."""
     from dpt_search import plots
+    from dpt_search.tradeoff_plot import tradeoff
 
     dense = found.dense["accuracy"] if found.dense else None
     drawn: dict[str, tuple[Draw, tuple[float, float]]] = {}
@@ -162,8 +168,7 @@ def drawings(found: Found) -> dict[str, tuple[Draw, tuple[float, float]]]:
         drawn["surface"] = draw, (9.0, 4.8)
     batch, trials = speedups(found)
     if batch:
-        frontier = partial(plots.tradeoff, batch=batch, trials=trials, dense=found.dense, exported=found.export)
-        drawn["tradeoff"] = partial(frontier, rows=found.rows), (9.0, 4.8)
+        drawn["tradeoff"] = partial(tradeoff, told=told_of(found, batch, trials)), (9.0, 4.8)
     if found.finished:
         drawn["recovery"] = partial(plots.recovery, trials=found.finished, dense=dense), (9.0, 4.4)
     if found.finetune and found.finetune["epochs"]:
@@ -173,6 +178,21 @@ def drawings(found: Found) -> dict[str, tuple[Draw, tuple[float, float]]]:
         blocks = partial(plots.plan, ranking=ranking, importance=found.ranking["importance"])
         drawn["plan"] = partial(blocks, removed=PruningPlan.parse(found.plan)), (9.0, 1.9)
     return drawn
+
+
+def told_of(found: Found, batch: str, trials: list[tuple[float, float]]) -> Tradeoff:
+    """Return what is drawn of accuracy against speedup at a batch size."""
+    from dpt_search.tradeoff_plot import Tradeoff
+
+    about, front, config = Budget(1.0, "speedup", int(batch)), [], found.run["config"]
+    if found.recommendation and found.cell_costs is not None:
+        most = most_of(found.cell_costs.ranking.space, config.get("max_attn"), config.get("max_act"))
+        seen = Counter(PruningPlan.parse(trial.plan).cell for trial in found.finished)
+        front = pareto(found.recommendation["surface"], found.cell_costs, about, most, seen)
+    exported = (found.export["timing"][batch]["speedup"], found.export) if found.export else None
+    rows = [(row["speedup"][batch], row) for row in found.rows]
+    chosen = found.chosen["budget"] if found.chosen else ""
+    return Tradeoff(label_of(about), rows, chosen, front, trials, found.dense, exported)
 
 
 def speedups(found: Found) -> tuple[str, list[tuple[float, float]]]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpt_search.map_predictor import Array
-from search_spaces.budgets import Budget
+from search_spaces.goals import Goal
 from search_spaces.ratios import Cell, RatioSpace
 
 POINT = 0.01
@@ -60,7 +60,7 @@ class Samples:
 
     name: str
     space: RatioSpace
-    budgets: tuple[Budget, ...]
+    budgets: tuple[Goal, ...]
     accuracies: Array
     believe: Callable[[Array], tuple[Array, float]]
 
@@ -72,11 +72,11 @@ class Stability:
     Attributes:
         budget: the budget.
         cell: what is decided undisturbed.
-        moves: [draws] by how many units of each kind the decision moved along the budget's line.
+        moves: [draws] by how many cells the decision moved along the budget's line, or front.
         costs: [draws] what the move loses by the undisturbed surface, in units of accuracy.
     """
 
-    budget: Budget
+    budget: Goal
     cell: Cell
     moves: np.ndarray
     costs: Array
@@ -92,18 +92,18 @@ class Stability:
         return tuple(float(np.mean(each)) for each in self.outcomes)
 
 
-def study(samples: Samples, budgets: Sequence[Budget], noise: Noise, draws: int, seed: int) -> list[Stability]:
+def study(samples: Samples, budgets: Sequence[Goal], noise: Noise, draws: int, seed: int) -> list[Stability]:
     """Disturb the samples and decide, again and again.
 
     Args:
         samples: the trials.
-        budgets: what is decided; the space meets all of them.
+        budgets: what is decided, each with the cells it is decided among.
         noise: of one trial.
         draws: how often.
         seed: of the disturbances.
     """
     index = {cell: i for i, cell in enumerate(samples.space)}
-    lines = [budget.feasible(samples.space) for budget in budgets]
+    lines = [budget.cells for budget in budgets]
     places = [np.array([index[cell] for cell in line]) for line in lines]
     generator = np.random.default_rng(seed)
     undisturbed = samples.believe(samples.accuracies)[0]

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from dpt_search.config import BadConfig
 from dpt_search.map_predictor import Array
+from dpt_search.posterior import Hint
 from dpt_search.published import PRESETS, published_samples
 from dpt_search.robustness import POINT, Noise, Samples, Stability, study
-from dpt_search.run import Run, check_budgets, read_ranking, recorded_run
+from dpt_search.run import Run, read_ranking, recorded_run
 from dpt_search.store import BadRun
 from dpt_search.summary import text_table
 from dpt_search.surface_table import read_table
 from search_spaces.budgets import Budget, parse_budgets
+from search_spaces.goals import Goal, goals
 from search_spaces.ratios import Cell, RatioSpace
 from trainables.intervals import accuracy_interval
 
@@ -42,15 +45,13 @@ def run_study(location: str, *, preset: str, noise: float | None, budget: str, d
         budgets = parse_budgets(budget) if budget else ()
     except ValueError as error:
         raise BadConfig(str(error)) from None
-    samples = samples_at(location) if location else published_samples()
-    budgets = budgets or samples.budgets
-    check_budgets(budgets, samples.space)
+    samples = samples_at(location, budgets) if location else _of_published(budgets)
     yield f"{samples.name}: {len(samples.accuracies)} trials, {draws} draws, everything learnt anew for each"
     if preset:
         noises = PRESETS[preset].noises
     else:
         noises = (Noise(samples.believe(samples.accuracies)[1] if noise is None else noise * POINT),)
-    found = [(each, study(samples, budgets, each, draws, seed)) for each in noises]
+    found = [(each, study(samples, samples.budgets, each, draws, seed)) for each in noises]
     yield f"\n{stability_table(found, PRESETS[preset].shares if preset else None)}\n"
     yield "shares with 95 % intervals of the draws; costs in points, by the undisturbed surface"
 
@@ -90,44 +91,65 @@ def _share(outcome: np.ndarray) -> str:
     return f"{found['accuracy']:.1%} ({100 * max(0.0, found['low']):.1f} to {100 * found['high']:.1f})"
 
 
-def samples_at(location: str) -> Samples:
+def samples_at(location: str, budgets: Sequence[Budget] = ()) -> Samples:
     """Return the trials of a run directory, or those of a table of its surface.
+
+    Args:
+        location: where they are.
+        budgets: what is decided; the run's own, or the table's default ones, where none are given.
 
     Raises:
         BadRun: there are none.
+        BadConfig: a budget cannot be met, or not be answered there.
     """
-    return _of_table(location) if location.endswith(".parquet") else _of_run(recorded_run(location, lambda line: None))
+    if location.endswith(".parquet"):
+        return _of_table(location, budgets)
+    return _of_run(recorded_run(location, lambda line: None), budgets)
 
 
-def _of_run(run: Run) -> Samples:
+def _of_published(budgets: Sequence[Budget]) -> Samples:
+    samples = published_samples()
+    return replace(samples, budgets=_resolved(budgets, samples.space)) if budgets else samples
+
+
+def _resolved(budgets: Sequence[Budget], space: RatioSpace) -> tuple[Goal, ...]:
+    try:
+        return goals(budgets, space)
+    except ValueError as error:
+        raise BadConfig(str(error)) from None
+
+
+def _of_run(run: Run, budgets: Sequence[Budget]) -> Samples:
     # Here, so that what is wrong with the options is said at once: these import scipy and optuna.
+    from dpt_search.decisions import goals_of
     from dpt_search.hints import hints_of
     from dpt_search.search_stages import observations_of
 
     space, observations = read_ranking(run).space, observations_of(run)
     hints = hints_of(run.store, space, run.config.prior)
     cells, accuracies = [each.plan.cell for each in observations], [each.accuracy for each in observations]
-    return _believed(run.config.run_dir, space, run.config.budgets, cells, accuracies, hints)
+    return _believed(run.config.run_dir, space, goals_of(run, budgets), cells, accuracies, hints)
 
 
-def _of_table(location: str) -> Samples:
+def _of_table(location: str, budgets: Sequence[Budget]) -> Samples:
     table = read_table(location)
     rows, seeds = np.nonzero(np.isfinite(table.accuracies))
     if len(rows) == 0:
         raise BadRun(f"no trial in the table {location!r} has finished")
-    from dpt_search.compare_report import default_budgets
+    from dpt_search.compare_report import budgets_of
 
+    resolved = _resolved(budgets, table.space) if budgets else budgets_of("", table.space)
     cells, accuracies = [table.cells[row] for row in rows], table.accuracies[rows, seeds].tolist()
-    return _believed(location, table.space, tuple(default_budgets(table.space)), cells, accuracies)
+    return _believed(location, table.space, resolved, cells, accuracies)
 
 
 def _believed(
     name: str,
     space: RatioSpace,
-    budgets: tuple[Budget, ...],
+    budgets: tuple[Goal, ...],
     cells: Sequence[Cell],
     accuracies: Sequence[float],
-    hints: Sequence[Array] = (),
+    hints: Sequence[Hint] = (),
 ) -> Samples:
     """Return trials that are decided by as `recommend` does."""
     from dpt_search.recommend import beliefs

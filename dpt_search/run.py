@@ -14,16 +14,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dpt_search.config import BadConfig, RunConfig, check, check_same_run, identity
+from dpt_search.config import RunConfig, check, check_same_run, identity
 from dpt_search.remote import call, ray_session, resources
 from dpt_search.store import BadRun, RunStore
-from search_spaces.budgets import Budget
 from search_spaces.plan import Ranking
-from search_spaces.ratios import RatioSpace
 from trainables.settings import ModelSettings
 from trainables.tasks import Task
 
-_LATER = {"ranking": "taylor", "start": "dense"}
+_LATER = {"ranking": "taylor", "start": "dense", "keep": ""}
 """Identity fields that earlier versions lacked, and what those versions did: with it, their records stay valid."""
 PACKAGES = ("dpt-search", "torch", "timm", "ray", "optuna", "pyarrow", "numpy")
 
@@ -197,7 +195,8 @@ def recorded_run(location: str, say: Callable[[str], None]) -> Run:
     recorded = store.read_json("run.json")
     if recorded is None:
         raise BadRun(f"{location!r} is no run directory: it has no run.json")
-    known = {name: recorded["config"][name] for name in ("seed", "budget", "prior") if name in recorded["config"]}
+    names = ("seed", "budget", "finetune_budget", "prior", "max_attn", "max_act")
+    known = {name: recorded["config"][name] for name in names if name in recorded["config"]}
     return Run(replace(RunConfig(), run_dir=location, **known), store, say)
 
 
@@ -250,16 +249,3 @@ def read_ranking(run: Run) -> Ranking:
     if found is None:
         raise BadRun(f"no ranking in {run.store.location!r} yet: run `dpt-search rank` on it first")
     return Ranking(tuple(found["attn"]), tuple(found["act"]))
-
-
-def check_budgets(budgets: tuple[Budget, ...], space: RatioSpace) -> None:
-    """Refuse budgets that the space cannot meet.
-
-    Raises:
-        BadConfig: one is larger than the space.
-    """
-    for budget in budgets:
-        try:
-            budget.feasible(space)
-        except ValueError as error:
-            raise BadConfig(str(error)) from None

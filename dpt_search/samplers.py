@@ -13,9 +13,9 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from dpt_search.map_predictor import Array
 from dpt_search.map_sampler import MapSampler
-from search_spaces.budgets import Budget
+from dpt_search.posterior import Hint
+from search_spaces.goals import Goal
 from search_spaces.ratios import Cell, RatioSpace
 
 _Make = Callable[[int, int], BaseSampler]
@@ -56,12 +56,12 @@ _SEQUENCES = ("qmc",)
 """Samplers that walk one sequence fixed by their seed, rather than drawing anew for every trial."""
 
 
-def feasible_cells(space: RatioSpace, budgets: Sequence[Budget]) -> list[Cell]:
-    """Return the cells that meet any of the budgets, sorted."""
-    return sorted({cell for budget in budgets for cell in budget.feasible(space)})
+def candidate_cells(budgets: Sequence[Goal]) -> list[Cell]:
+    """Return the cells among which any of the budgets is decided, sorted."""
+    return sorted({cell for budget in budgets for cell in budget.cells})
 
 
-def search_space(name: str, space: RatioSpace, budgets: Sequence[Budget]) -> dict[str, BaseDistribution]:
+def search_space(name: str, space: RatioSpace, budgets: Sequence[Goal]) -> dict[str, BaseDistribution]:
     """Return the parameters a sampler proposes: as few as the budgets allow it.
 
     Args:
@@ -70,49 +70,42 @@ def search_space(name: str, space: RatioSpace, budgets: Sequence[Budget]) -> dic
         budgets: what the search has to decide.
 
     Returns:
-        `map`: n_attn and n_act. `grid`: the index of a feasible cell. The others: n_attn alone on the line of a single
-        budget, n_attn and n_act for several.
-
-    Raises:
-        ValueError: a budget is larger than the space.
+        `map`: n_attn and n_act. `grid`: the index of a candidate cell. The others: that on the line of a single budget,
+        n_attn and n_act for several.
     """
-    if name == "grid":
-        return {"cell": IntDistribution(0, len(feasible_cells(space, budgets)) - 1)}
-    if name != "map" and len(budgets) == 1:
-        line = budgets[0].feasible(space)
-        return {"n_attn": IntDistribution(line[0].n_attn, line[-1].n_attn)}
+    if _is_indexed(name, budgets):
+        return {"cell": IntDistribution(0, len(candidate_cells(budgets)) - 1)}
     return {"n_attn": IntDistribution(0, space.n_attn), "n_act": IntDistribution(0, space.n_act)}
 
 
-def cell_of(params: dict[str, int], space: RatioSpace, budgets: Sequence[Budget]) -> Cell:
+def _is_indexed(name: str, budgets: Sequence[Goal]) -> bool:
+    return name == "grid" or (name != "map" and len(budgets) == 1)
+
+
+def cell_of(params: dict[str, int], budgets: Sequence[Goal]) -> Cell:
     """Translate what a sampler proposed into a cell."""
     if "cell" in params:
-        return feasible_cells(space, budgets)[params["cell"]]
-    if "n_act" in params:
-        return Cell(params["n_attn"], params["n_act"])
-    return Cell(params["n_attn"], budgets[0].units - params["n_attn"])
+        return candidate_cells(budgets)[params["cell"]]
+    return Cell(params["n_attn"], params["n_act"])
 
 
-def params_of(cell: Cell, name: str, space: RatioSpace, budgets: Sequence[Budget]) -> dict[str, int] | None:
+def params_of(cell: Cell, name: str, space: RatioSpace, budgets: Sequence[Goal]) -> dict[str, int] | None:
     """Translate a cell into what a sampler would have proposed; None when it could not have."""
-    params = {"n_attn": cell.n_attn, "n_act": cell.n_act}
-    if name == "grid":
-        cells = feasible_cells(space, budgets)
+    if _is_indexed(name, budgets):
+        cells = candidate_cells(budgets)
         return {"cell": cells.index(cell)} if cell in cells else None
-    if name != "map" and len(budgets) == 1:
-        return {"n_attn": cell.n_attn} if cell in budgets[0].feasible(space) else None
-    return params if cell in space else None
+    return {"n_attn": cell.n_attn, "n_act": cell.n_act} if cell in space else None
 
 
 def make_sampler(
     name: str,
     space: RatioSpace,
-    budgets: Sequence[Budget],
+    budgets: Sequence[Goal],
     *,
     seed: int,
     cost: Callable[[Cell], float] = lambda cell: 1.0,
     design: str = "lines",
-    hints: Callable[[], Sequence[Array]] = tuple,
+    hints: Callable[[], Sequence[Hint]] = tuple,
     startup: int = 4,
 ) -> BaseSampler:
     """Make a sampler whose randomness is a function of the seed and the trial's number.
@@ -126,13 +119,9 @@ def make_sampler(
         design: what `map` tries first.
         hints: earlier surfaces as `MapSampler` takes them; `map` alone looks at them.
         startup: random trials before the models of `tpe` and `gp` count.
-
-    Raises:
-        ValueError: a budget is larger than the space.
     """
     if name == "map":
         return MapSampler(space, budgets, cost, design=design, hints=hints)
-    feasible_cells(space, budgets)
     return _Seeded(PURE[name], seed, startup, is_sequence=name in _SEQUENCES)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -13,19 +13,21 @@ from optuna.samplers import BaseSampler
 
 from dpt_search.allowance import Allowance
 from dpt_search.costs_table import read_costs
+from dpt_search.decisions import cell_costs, goals_of, settled, standing_of
 from dpt_search.hints import hints_of, prior_surface
-from dpt_search.map_predictor import Array
 from dpt_search.observed import ended, searched, surface_trials, unfinished
+from dpt_search.posterior import Hint
 from dpt_search.probe_stage import ProbeBeside, is_missing
 from dpt_search.progress import TrialLines
 from dpt_search.recommend import Observation, recommend
-from dpt_search.run import Run, check_budgets, digest_of, read_ranking
-from dpt_search.samplers import cell_of, make_sampler, params_of, search_space
+from dpt_search.run import Run, digest_of, read_ranking
+from dpt_search.samplers import candidate_cells, cell_of, make_sampler, params_of, search_space
 from dpt_search.store import BadRun, Finished, RunStore, TrialLog
 from search_spaces.budgets import Budget
 from search_spaces.costs import UnitCosts
+from search_spaces.goals import Goal, Measured
 from search_spaces.plan import PruningPlan, Ranking
-from search_spaces.ratios import Cell, RatioSpace
+from search_spaces.ratios import Cell
 from trainables.tasks import TrialTask
 
 
@@ -41,7 +43,8 @@ def search(run: Run, allowance: Allowance | None = None) -> None:
     config, ranking, log = run.config, read_ranking(run), TrialLog(run.store)
     for name in log.broken:
         run.say(f"warning: skipped an unreadable record of the trial log: {name}")
-    distributions = search_space(config.sampler, ranking.space, config.budgets)
+    # First of all: a budget out of reach ends here, before anything is trained.
+    goals_of(run)
 
     def work(_: str) -> None:
         if not unfinished(log) and _is_enough(run, log, allowance):
@@ -49,15 +52,16 @@ def search(run: Run, allowance: Allowance | None = None) -> None:
             check_any_finished(log)
             return
         run.start_ray()
-        concurrent = _concurrent(run, ranking.space)
+        budgets = settled(run)
+        concurrent = _concurrent(run, budgets)
         beside = ProbeBeside.started(run, concurrent)
         lines = TrialLines(run.say, log, config.max_trials, concurrent, allowance)
         plan = SearchPlan(
             name=config.sampler,
-            sampler=_sampler(run, ranking, beside.hints),
-            distributions=distributions,
-            cell_of=lambda params: cell_of(params, ranking.space, config.budgets),
-            params_of=lambda cell: params_of(cell, config.sampler, ranking.space, config.budgets),
+            sampler=_sampler(run, ranking, budgets, beside.hints),
+            distributions=search_space(config.sampler, ranking.space, budgets),
+            cell_of=lambda params: cell_of(params, budgets),
+            params_of=lambda cell: params_of(cell, config.sampler, ranking.space, budgets),
             ranking=ranking,
             seed=config.seed + run.reseed,
             max_trials=config.max_trials,
@@ -103,7 +107,13 @@ def _search_inputs(run: Run, log: TrialLog) -> list[Any]:
     return [
         run.store.read_json("ranking.json"), config.sampler, str(config.budget), config.max_trials, config.max_hours,
         len(unfinished(log)), {k: v for k, v in asdict(config).items() if k.startswith("probe_")}, config.prior,
+        *_limits(run),
     ]  # fmt: skip
+
+
+def _limits(run: Run) -> list[dict[str, int]]:
+    """Return the limits on kinds for a digest of inputs, which without any is what it was before there were limits."""
+    return [run.config.limits] if run.config.limits else []
 
 
 def _ended(store: RunStore, lines: TrialLines, record: Finished) -> None:
@@ -126,10 +136,10 @@ def check_any_finished(log: TrialLog) -> None:
         )
 
 
-def _sampler(run: Run, ranking: Ranking, hints: Callable[[], list[Array]]) -> BaseSampler:
+def _sampler(run: Run, ranking: Ranking, budgets: Sequence[Goal], hints: Callable[[], list[Hint]]) -> BaseSampler:
     config = run.config
     return make_sampler(
-        config.sampler, ranking.space, config.budgets, seed=config.seed + run.reseed, cost=_trial_cost(run, ranking),
+        config.sampler, ranking.space, budgets, seed=config.seed + run.reseed, cost=_trial_cost(run, ranking),
         design=config.design, hints=hints,
     )  # fmt: skip
 
@@ -141,12 +151,11 @@ def _trial_cost(run: Run, ranking: Ranking) -> Callable[[Cell], float]:
     return lambda cell: costs.of(PruningPlan(attn=ranking.plan(cell).attn)).macs
 
 
-def _concurrent(run: Run, space: RatioSpace) -> int:
-    """Return the number of trials at a time: more than a tenth of the feasible cells cost more and decide no sooner."""
+def _concurrent(run: Run, budgets: Sequence[Goal]) -> int:
+    """Return the number of trials at a time: more than a tenth of the candidates cost more and decide no sooner."""
     from dpt_search.remote import capacity
 
-    feasible = {cell for budget in run.config.budgets for cell in budget.feasible(space)}
-    held, useful = max(1, capacity(run.resources)), max(2, len(feasible) // 10)
+    held, useful = max(1, capacity(run.resources)), max(2, len(candidate_cells(budgets)) // 10)
     if held > useful and not run.config.max_concurrent:
         run.say(f"{useful} trials at a time, though {held} would fit: more decide no sooner (--max-concurrent)")
     return run.config.max_concurrent or min(held, useful)
@@ -158,12 +167,13 @@ def recommend_stage(run: Run) -> None:
     done = [asdict(each) for each in surface_trials(TrialLog(run.store), ranking)]
 
     def work(_: str) -> None:
+        settled(run)
         run.store.write_json("recommendation.json", decide(run, run.config.budgets))
 
     inputs = [
         digest_of(done), str(run.config.budget), run.store.read_json("ranking.json"),
         [prior_surface(location, ranking.space).tolist() for location in run.config.prior],
-        *(_file_digest(run, name) for name in ("costs.parquet", "probe.parquet")),
+        *(_file_digest(run, name) for name in ("costs.parquet", "probe.parquet")), *_limits(run),
     ]  # fmt: skip
     run.stage("recommend", inputs, "recommendation.json", work)
 
@@ -173,20 +183,22 @@ def decide(run: Run, budgets: tuple[Budget, ...]) -> dict[str, Any]:
 
     Raises:
         BadRun: no trial has finished yet.
-        BadConfig: a budget is larger than the space.
+        BadConfig: a budget is out of reach.
     """
-    ranking, costs, observations = read_ranking(run), read_costs(run.store), observations_of(run)
-    check_budgets(budgets, ranking.space)
+    ranking, costs, observations = read_ranking(run), cell_costs(run.store), observations_of(run)
     hints = hints_of(run.store, ranking.space, run.config.prior)
-    surface, found = recommend(ranking.space, budgets, observations, hints)
+    surface, found = recommend(ranking.space, goals_of(run, budgets), observations, hints)
     rows = []
-    for each in found:
+    for budget, each in zip(budgets, found, strict=True):
         plan = ranking.plan(each.cell)
         rows.append(
             {
                 "budget": str(each.budget), "cell": [each.cell.n_attn, each.cell.n_act], "plan": str(plan),
                 "mean": each.mean, "sd": each.sd, "low": each.low, "high": each.high,
-                "probability_best": each.probability_best, "status": each.status, "speedup": speedups(costs, plan),
+                "probability_best": each.probability_best, "status": each.status,
+                "speedup": speedups(costs.costs, plan, costs.measured) if costs is not None else {},
+                "candidates": [[cell.n_attn, cell.n_act] for cell in each.budget.cells],
+                **(standing_of(run, budget, each.cell) or {}),
             }
         )  # fmt: skip
     return {"budgets": rows, "surface": surface, "observations": len(observations)}
@@ -208,9 +220,17 @@ def observations_of(run: Run) -> list[Observation]:
     return observations
 
 
-def speedups(costs: UnitCosts | None, plan: PruningPlan) -> dict[str, float]:
-    """Return a plan's predicted speedup by batch size; nothing where no costs were measured."""
-    return {str(batch): costs.speedup(plan, batch) for batch in costs.dense.seconds} if costs is not None else {}
+def speedups(
+    costs: UnitCosts, plan: PruningPlan, measured: Mapping[str, Mapping[int, Measured]] | None = None
+) -> dict[str, float]:
+    """Return a plan's speedup by batch size: as measured where it was built and timed, else as predicted.
+
+    A batch size whose prediction tells nothing is left out.
+    """
+    found = {batch: costs.speedup(plan, batch) for batch in costs.dense.seconds}
+    timed = (measured or {}).get(str(plan), {})
+    known = {str(batch): timed[batch].speedup if batch in timed else value for batch, value in found.items()}
+    return {batch: speedup for batch, speedup in known.items() if not math.isnan(speedup)}
 
 
 def chosen_row(run: Run) -> dict[str, Any]:

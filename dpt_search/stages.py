@@ -13,11 +13,12 @@ from typing import Any
 
 from dpt_search.config import BadConfig, RunConfig
 from dpt_search.costs_table import read_costs, write_costs
+from dpt_search.decisions import check_units, goals_of
 from dpt_search.export_stages import baseline, export
 from dpt_search.hints import prior_surface
 from dpt_search.probe_stage import probe
 from dpt_search.refine import refine
-from dpt_search.run import Run, base_task, check_budgets, digest_of, identity_of, read_ranking
+from dpt_search.run import Run, base_task, digest_of, identity_of, read_ranking
 from dpt_search.search_stages import chosen_row, recommend_stage, search
 from dpt_search.training import clear, train
 from search_spaces.plan import PruningPlan
@@ -32,8 +33,8 @@ def dense(run: Run) -> None:
     def work(digest: str) -> None:
         config = run.config
         before = run.task() | {"model": config.model}
-        units = run.call("trainables.dense_check:check_model", type(base_task(run))(**before))
-        check_budgets(run.config.budgets, RatioSpace(len(units["attn"]), len(units["act"])))
+        units = _removable(config, run.call("trainables.dense_check:check_model", type(base_task(run))(**before)))
+        check_units(config, RatioSpace(len(units["attn"]), len(units["act"])))
         if config.adapt.epochs:
             run.say(f"adapting the dense model for {config.adapt.epochs} epochs")
             train(run, before, PruningPlan(), config.adapt, "dense", digest)
@@ -55,8 +56,26 @@ def dense(run: Run) -> None:
     run.stage("dense", identity_of(run.config), "dense/dense.json", work)
     clear(run, "dense")
     found = run.store.read_json("dense/dense.json")
-    check_budgets(run.config.budgets, RatioSpace(len(found["units"]["attn"]), len(found["units"]["act"])))
+    check_units(run.config, RatioSpace(len(found["units"]["attn"]), len(found["units"]["act"])))
     run.say(f"dense accuracy on val {found['accuracy']:.2%} (chance {found['chance']:.1%})")
+
+
+def _removable(config: RunConfig, units: dict[str, list[int]]) -> dict[str, list[int]]:
+    """Return the units without those that are kept.
+
+    Raises:
+        BadConfig: one that is to be kept is not there, or all are.
+    """
+    kept: dict[str, tuple[int, ...]] = {"attn": config.kept.attn, "act": config.kept.act}
+    for kind, indices in kept.items():
+        unknown = sorted(set(indices) - set(units[kind]))
+        if unknown:
+            known = ",".join(map(str, units[kind])) or "none"
+            raise BadConfig(f"keep names {kind}:{unknown[0]}, which is no removable unit; the model has {kind}:{known}")
+    left = {kind: [i for i in indices if i not in kept[kind]] for kind, indices in units.items()}
+    if not any(left.values()):
+        raise BadConfig(f"keep is {config.keep!r}, which leaves nothing to remove")
+    return left
 
 
 def _content(config: RunConfig) -> dict[str, str]:
@@ -101,11 +120,11 @@ def profile(run: Run) -> None:
         return
 
     def work(_: str) -> None:
-        task = ProfileTask(**run.task(), batches=tuple(config.timing_batches), seconds=config.timing_seconds)
+        task = ProfileTask(**run.task(), batches=tuple(config.batches), seconds=config.timing_seconds)
         found = run.call("trainables.timing:profile", task)
         write_costs(run.store, found["device"], found["rows"])
 
-    inputs = [identity_of(config), config.timing_batches, config.timing_seconds]
+    inputs = [identity_of(config), config.batches, config.timing_seconds]
     if run.stage("profile", inputs, "costs.parquet", work):
         costs = read_costs(run.store)
         assert costs is not None
@@ -116,12 +135,16 @@ def rank(run: Run) -> None:
     """Order the units within each kind, least important first."""
 
     def work(_: str) -> None:
-        task = RankTask(**run.task(), batches=run.config.rank_batches, method=run.config.ranking)
+        told = {"batches": run.config.rank_batches, "method": run.config.ranking, "keep": run.config.keep}
+        task = RankTask(**run.task() | told)
         run.store.write_json("ranking.json", run.call("trainables.importance:rank", task))
 
     if run.stage("rank", identity_of(run.config), "ranking.json", work):
         ranking = read_ranking(run)
         run.say(f"least important first: attn {_listed(ranking.attn)}; act {_listed(ranking.act)}")
+    if run.store.exists("costs.parquet"):
+        # A budget out of reach is said before anything is trained.
+        goals_of(run)
 
 
 def finetune(run: Run) -> None:

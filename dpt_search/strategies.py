@@ -13,6 +13,7 @@ from dpt_search.hints import smooth
 from dpt_search.line_by_line import LineByLine
 from dpt_search.map_predictor import Array, MapPredictor, NotIdentified
 from dpt_search.map_sampler import MapSampler, published_walks, ratios
+from dpt_search.posterior import Hint
 from dpt_search.problem import Observed, Problem
 from dpt_search.samplers import PURE, cell_of, make_sampler, search_space
 from dpt_search.walk_table import WalkTrial
@@ -66,12 +67,12 @@ class WholeSquare:
 
     def ask(self) -> tuple[int, Cell] | None:
         trial = self._study.ask(self._space)
-        return trial.number, cell_of(trial.params, self._problem.space, self._problem.budgets)
+        return trial.number, cell_of(trial.params, self._problem.budgets)
 
     def tell(self, token: int, accuracy: float) -> None:
         params = self._study.get_trials(deepcopy=False)[token].params
         self._study.tell(token, accuracy)
-        self._observed.add(cell_of(params, self._problem.space, self._problem.budgets), accuracy)
+        self._observed.add(cell_of(params, self._problem.budgets), accuracy)
 
     def choose(self) -> list[Cell]:
         return self._observed.best_by_posterior() if self._decide == "posterior" else self._observed.nearest_best()
@@ -90,7 +91,7 @@ class Hinted(WholeSquare):
             probe: whether it runs a probe, where the problem knows of one.
             prior: whether it knows the problem's earlier surface.
         """
-        self._hints: list[Array] = [problem.prior] if prior and problem.prior is not None else []
+        self._hints: list[Hint] = [Hint(problem.prior)] if prior and problem.prior is not None else []
         sampler = MapSampler(problem.space, problem.budgets, problem.cost, hints=lambda: tuple(self._hints))
         super().__init__(problem, "map", sampler)
         self._observed.take_hints(self._hints)
@@ -133,7 +134,7 @@ class Walk:
         if mean is None:
             return self._observed.best_by_observation()
         index = {cell: i for i, cell in enumerate(space)}
-        lines = (budget.feasible(space) for budget in self._problem.budgets)
+        lines = (budget.cells for budget in self._problem.budgets)
         return [max(line, key=lambda cell: mean[index[cell]]) for line in lines]
 
     def surface(self) -> Array | None:

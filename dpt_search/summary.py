@@ -21,18 +21,24 @@ def stage_times(store: RunStore) -> str:
 
 def recommendation_table(rows: Sequence[dict[str, Any]]) -> str:
     """Return one line per budget: cell, predicted accuracy and speedup, how sure, and the plan."""
+    # Budgets of units are met by every cell on their line.
+    limited = any("is_sure" in row for row in rows)
+    batches = "/".join(rows[0]["speedup"]) if rows else ""
+    header = ["budget", "cell", "val accuracy", f"speedup at {batches}", "best with", "status"]
     lines = []
     for row in rows:
         speedup = " / ".join(f"{value:.2f}x" for value in row["speedup"].values())
-        lines.append(
-            (
-                row["budget"], f"({row['cell'][0]},{row['cell'][1]})", f"{row['mean']:.1%} ± {1.96 * row['sd']:.1%}",
-                speedup, f"{row['probability_best']:.0%}", row["status"], row["plan"],
-            )
-        )  # fmt: skip
-    batches = "/".join(rows[0]["speedup"]) if rows else ""
-    header = ("budget", "cell", "val accuracy", f"speedup at {batches}", "best with", "status", "plan")
-    return text_table(header, lines)
+        cell, accuracy = f"({row['cell'][0]},{row['cell'][1]})", f"{row['mean']:.1%} ± {1.96 * row['sd']:.1%}"
+        line = [row["budget"], cell, accuracy, speedup, f"{row['probability_best']:.0%}", row["status"]]
+        lines.append([*line, *([_meets(row)] if limited else []), row["plan"]])
+    return text_table([*header, *(["budget met"] if limited else []), "plan"], lines)
+
+
+def _meets(row: dict[str, Any]) -> str:
+    """Say how it is known that a recommended cell meets its budget."""
+    if row.get("measured") is not None:
+        return "as measured"
+    return {True: "as predicted", False: "too close to say", None: "yes"}[row.get("is_sure")]
 
 
 def result_table(store: RunStore) -> str:
@@ -57,7 +63,9 @@ def result_table(store: RunStore) -> str:
         rows = [(name, before, "" if n else _accuracy(baseline), *rest) for n, (name, before, *rest) in enumerate(rows)]
     title = f"{summary['budget']}: {summary['plan']}  ({dense['images']} test images, {summary['device']})"
     formats = f"\n\n{_format_table(summary)}" if "formats" in summary else ""
-    return f"{title}\n\n{text_table(header, rows)}{formats}"
+    # Exports of earlier versions have no verdict.
+    told = f"\n\n{summary['verdict']['text']}" if "verdict" in summary else ""
+    return f"{title}\n\n{text_table(header, rows)}{formats}{told}"
 
 
 def _format_table(summary: dict[str, Any]) -> str:

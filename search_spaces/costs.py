@@ -1,7 +1,8 @@
 """What a plan saves: MACs, parameters and measured seconds, unit by unit."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from search_spaces.plan import PruningPlan, Unit
 
@@ -36,11 +37,14 @@ class UnitCosts:
         dense: cost of the model as built.
         saved: what each removable unit saves.
         device: name of the hardware on which the seconds were measured.
+        spreads: of what each unit saves, in seconds by batch size (interquartile range over repeats); none where they
+            are not known.
     """
 
     dense: Cost
     saved: Mapping[Unit, Cost]
     device: str
+    spreads: Mapping[Unit, Mapping[int, float]] = field(default_factory=dict)
 
     def of(self, plan: PruningPlan) -> Cost:
         """Return the predicted cost of the merged model of `plan`."""
@@ -49,6 +53,17 @@ class UnitCosts:
             cost = cost.minus(self.saved[unit])
         return cost
 
+    def spread(self, plan: PruningPlan, batch: int) -> float:
+        """Return how far off the predicted seconds of a plan may be at one batch size.
+
+        Units that were measured together err together, so spreads add up as savings do.
+        """
+        return sum(self.spreads.get(unit, {}).get(batch, 0.0) for unit in plan.units)
+
     def speedup(self, plan: PruningPlan, batch: int) -> float:
-        """Return predicted dense seconds over predicted pruned seconds at one batch size."""
-        return self.dense.seconds[batch] / self.of(plan).seconds[batch]
+        """Return predicted dense seconds over predicted pruned seconds at one batch size.
+
+        It is nan where savings add up to all that the dense model takes: such a prediction tells nothing.
+        """
+        dense, left = self.dense.seconds[batch], self.of(plan).seconds[batch]
+        return dense / left if left > 1e-9 * dense else math.nan

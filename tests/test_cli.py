@@ -1,7 +1,9 @@
 """The command line: one line and exit code 2 for bad input, and quick verbs that import neither torch nor ray."""
 
+import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -98,7 +100,9 @@ def write_run(folder: Path, *, costs: bool = False) -> RunStore:
         ("run --run-dir file.txt/run", "'file.txt/run' (Not a directory): choose another --run-dir"),
         ("rank", "required: run (see dpt-search rank --help)"),
         ("resolve nowhere --budget units=2", "'nowhere' is no run directory: it has no run.json"),
-        ("resolve nowhere", "required: budget (see dpt-search resolve --help)"),
+        ("resolve nowhere", "'nowhere' is no run directory: it has no run.json"),
+        ("run --budget speedup=0.9", "a speedup is at least 1"),
+        ("run --keep attn:all", "cannot read the plan 'attn:all'"),
         ("robustness", "robustness of which run? Give its directory, or --preset hetdpt"),
         ("robustness nowhere", "'nowhere' is no run directory: it has no run.json"),
         ("robustness nowhere.parquet", "no table at 'nowhere.parquet'"),
@@ -127,6 +131,10 @@ def test_a_run_directory_of_another_configuration_is_refused_by_field(tmp_path: 
     [
         ({"--budget": "units=9"}, "at most units=8"),
         ({"--budget": "units=-2"}, "cannot be negative"),
+        ({"--budget": "speedup=50"}, "8 removable units (4 attn, 4 act); ask for at most speedup="),
+        ({"--budget": "units=2;speedup@8=1.5"}, "speed is known at batch 1, 64 only"),
+        ({"--budget": "params=200K"}, "ask for at least params=401K"),
+        ({"--budget": "macs=0.5", "costs.parquet": None}, "needs the costs of units"),
         ({"trials": None}, "no trial in 'run' has finished yet: run `dpt-search search`"),
         ({"ranking.json": None}, "no ranking in 'run' yet: run `dpt-search rank`"),
         ({"ranking.json": "{"}, "ranking.json is not readable JSON"),
@@ -168,6 +176,39 @@ def test_resolve_answers_without_and_with_measured_speed(tmp_path: Path) -> None
         assert "observed" in two
 
 
+def test_resolve_answers_budgets_of_every_kind_together(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", costs=True)
+    budgets = "units=2 speedup=1.4 speedup@1=1.2 macs=0.8 params=500K"
+    done = start("-m", "dpt_search", "resolve", "run", "--budget", budgets, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "budget met" in done.stdout.splitlines()[0]
+    rows = {line.split()[0]: line for line in done.stdout.splitlines()[2:]}
+    assert list(rows) == budgets.split()
+    assert "as predicted" in rows["speedup=1.4"]
+    # An attention saves a fifth of the time at batch 64, an activation a tenth; three tenths have to go.
+    cell = re.search(r"\((\d),(\d)\)", rows["speedup=1.4"])
+    assert cell is not None and (int(cell[1]), int(cell[2])) in ((0, 3), (1, 1), (2, 0))
+
+
+def test_resolve_without_a_budget_answers_all_of_them(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", costs=True)
+    done = start("-m", "dpt_search", "resolve", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("speedup at batch 64 ")
+    with open(tmp_path / "run/pareto.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    gains, accuracies = ([float(row[name]) for row in rows] for name in ("gain", "accuracy"))
+    assert gains == sorted(gains) and len(gains) > 3
+    assert accuracies == sorted(accuracies, reverse=True)
+    assert all(float(row["low"]) <= float(row["accuracy"]) <= float(row["high"]) for row in rows)
+    assert [row["gain"] for row in rows] == [row["speedup_64"] for row in rows]
+    assert (tmp_path / "run/plots/pareto.png").read_bytes().startswith(b"\x89PNG")
+    done = start("-m", "dpt_search", "resolve", "run", "--against", "params", cwd=tmp_path)
+    assert done.stdout.startswith("times fewer parameters ")
+    assert "set accuracy against 'units'" in refused(tmp_path, "resolve", "run", "--against", "units")
+    assert "speed is known at batch 1, 64 only" in refused(tmp_path, "resolve", "run", "--against", "speedup@2")
+
+
 def test_resolve_reads_only(tmp_path: Path) -> None:
     write_run(tmp_path / "run", costs=True)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
@@ -198,7 +239,7 @@ def test_help_and_the_verbs_without_training_import_neither_torch_nor_ray(tmp_pa
     write_run(tmp_path / "run", costs=True)
     quick = ["--help", "--version", *(f"{verb} --help" for verb in VERBS), "run --help-all"]
     study = ("robustness run --draws 2", "robustness run --preset hetdpt --draws 2", "robustness --preset hetdpt")
-    done = start("-c", HEAVY, *quick, "resolve run --budget units=2", *study, "report run", cwd=tmp_path)
+    done = start("-c", HEAVY, *quick, "resolve run --budget units=2", "resolve run", *study, "report run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run/report.html").is_file()
 

@@ -11,11 +11,11 @@ from dpt_search.strategies import STRATEGIES
 from dpt_search.surface_table import SurfaceTable
 from dpt_search.walk_table import WalkTrial
 from dpt_search.walks import walks_of
-from search_spaces.budgets import Budget
+from search_spaces.goals import unit_goals
 from search_spaces.ratios import Cell, RatioSpace
 
 SPACE = RatioSpace(6, 6)
-BUDGETS = [Budget(4), Budget(6)]
+BUDGETS = unit_goals(SPACE, 4, 6)
 NOISE = 0.002
 
 
@@ -82,7 +82,7 @@ def test_enough_trials_find_the_best_cells_of_a_quiet_surface(name):
 
 
 def test_the_grid_by_lines_tries_every_feasible_cell_once_and_stops():
-    feasible = {cell for budget in BUDGETS for cell in budget.feasible(SPACE)}
+    feasible = {cell for budget in BUDGETS for cell in budget.cells}
     assert len(run("grid/lines", max_trials=100).cost) == len(feasible)
 
 
@@ -163,7 +163,7 @@ def test_walk_decides_as_map_does_on_its_samples():
     cells = list(space)
     accuracies = np.array([[0.9 - 0.001 * (c.n_attn - 2) ** 2 - 0.0005 * (c.n_act - 3) ** 2] * 2 for c in cells])
     table = SurfaceTable(space, cells, accuracies, np.ones(len(cells)), {})
-    trace = replay(table, "walk", [Budget(8), Budget(10)], seed=0, workers=1, max_trials=30)
+    trace = replay(table, "walk", unit_goals(SPACE, 8, 10), seed=0, workers=1, max_trials=30)
     assert len(trace.cost) == 22
     assert trace.regret[-1].max() < 1e-9
 
@@ -177,7 +177,7 @@ def probes(seeds: int = 2, noise: float = 0.003) -> ProbeSeeds:
 
 class TestProbe:
     def test_its_training_and_evaluation_count_from_the_first_trial_on(self):
-        evaluated = 1 + sum(len(budget.feasible(SPACE)) for budget in BUDGETS)
+        evaluated = 1 + sum(len(budget.cells) for budget in BUDGETS)
         trace = run("map", probes=probes())
         assert trace.upfront == pytest.approx((150 + 2 * evaluated) / 100)
         assert trace.cost[0] == pytest.approx(trace.upfront)

@@ -7,10 +7,11 @@ import sys
 import numpy as np
 import pytest
 
-from dpt_search.compare_report import default_budgets
+from dpt_search.compare_report import budgets_of
 from dpt_search.surface_table import write_table
 from dpt_search.walk_table import write_walks
 from dpt_search.walks import walks_of
+from search_spaces.goals import unit_goals
 from search_spaces.plan import Ranking
 from search_spaces.ratios import RatioSpace
 
@@ -89,7 +90,12 @@ def test_a_table_that_is_not_there_is_one_line(tmp_path):
 
 
 def test_the_budgets_compared_by_default():
-    assert [b.units for b in default_budgets(RatioSpace(12, 12))] == [4, 6, 8, 10, 12, 14, 16, 18, 20]
+    assert budgets_of("", RatioSpace(12, 12)) == unit_goals(RatioSpace(12, 12), 4, 6, 8, 10, 12, 14, 16, 18, 20)
+
+
+def test_a_table_has_no_costs_to_answer_a_speed_by():
+    with pytest.raises(ValueError, match=r"budget speedup=1\.5 needs the costs of units, .*: use units=K"):
+        budgets_of("units=4 speedup=1.5", RatioSpace(12, 12))
 
 
 def test_recorded_walks_beside_the_table_are_replayed(table, tmp_path):

@@ -19,7 +19,7 @@ MAY_GROW = {
     "run_dir", "budget", "finetune_budget", "max_trials", "max_hours", "trial_timeout", "max_concurrent",
     "max_failures", "cpus_per_trial", "devices_per_trial", "finetune_workers", "data.cache_dir", "data.workers",
     "data.root", "timing_batches", "timing_seconds", "sampler", "design", "probe_epochs", "probe_lr", "probe_draw",
-    "probe_sandwich", "probe_cells", "refine", "prior", "baseline", "export_formats",
+    "probe_sandwich", "probe_cells", "refine", "prior", "max_attn", "max_act", "baseline", "export_formats",
     *(f"finetune.{f.name}" for f in fields(Recipe)),
 }  # fmt: skip
 AT_LEAST = {
@@ -55,6 +55,10 @@ def other_value(name: str, value: Any) -> Any:
         return choices[name]
     if isinstance(value, bool):
         return not value
+    if value is None:
+        return 3
+    if name == "keep":
+        return "attn:0"
     if isinstance(value, int | float):
         return value + 1
     return {str: f"{value}x", list: [*value, 7] if isinstance(value, list) else 0, dict: {"depth": 3}}[type(value)]
@@ -142,6 +146,9 @@ def test_a_share_above_one_is_refused_by_name(name: str) -> None:
         ({"budget": "units=-4"}, "cannot be negative"),
         ({"finetune_budget": "units=7"}, "finetune_budget 'units=7' is not one of budget"),
         ({"finetune_budget": "most"}, "unknown budget 'most'"),
+        ({"budget": "units=4 speedup=1.5", "finetune_budget": "speedup@1=1.5"}, "is not one of budget"),
+        ({"max_attn": -1}, "max_attn is -1, but must be at least 0"),
+        ({"keep": "attn:x"}, "cannot read the plan 'attn:x'"),
         ({"timing_batches": []}, "timing_batches needs"),
         ({"timing_batches": [1, 0]}, "timing_batches needs"),
         ({"model.new_head": True}, "--adapt-epochs"),
@@ -171,6 +178,20 @@ def test_values_that_make_sense_are_accepted(values: dict[str, Any]) -> None:
 def test_the_largest_budget_is_fine_tuned_unless_another_is_chosen() -> None:
     assert str(replace(BASE, budget="units=4,10,6").chosen_budget) == "units=10"
     assert str(replace(BASE, budget="units=4,10,6", finetune_budget="units=6").chosen_budget) == "units=6"
+    assert str(replace(BASE, budget="speedup=1.5,1.3 macs=0.6,0.8").chosen_budget) == "macs=0.6"
+    assert str(replace(BASE, budget="macs=0.6 speedup=1.5", finetune_budget="speedup@64=1.50").chosen_budget) == (
+        "speedup=1.5"
+    )
+
+
+def test_speed_is_measured_at_the_batch_sizes_of_the_budgets_too() -> None:
+    assert replace(BASE, budget="units=4 macs=0.6").batches == [1, 64]
+    assert replace(BASE, budget="speedup@8=1.5 speedup=1.2", timing_batches=[32]).batches == [32, 8, 64]
+
+
+def test_what_came_later_leaves_the_identity_of_earlier_runs_alone() -> None:
+    assert not {"keep", "max_attn", "max_act"} & identity_of(BASE).keys()
+    assert identity_of(replace(BASE, keep="attn:0"))["keep"] == "attn:0"
 
 
 def test_the_embedded_example_is_run_when_nothing_is_named() -> None:

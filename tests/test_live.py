@@ -26,11 +26,12 @@ from dpt_search.search_stages import decide
 from dpt_search.store import BadRun, Finished, Proposed, RunStore, TrialLog
 from dpt_search.tabulate import Request as Table
 from dpt_search.tabulate import tabulate
-from search_spaces.budgets import Budget
+from search_spaces.budgets import parse_budgets
+from search_spaces.goals import unit_goals
 from search_spaces.plan import PruningPlan, Ranking
 from search_spaces.ratios import Cell
 
-BUDGETS = (Budget(2), Budget(4))
+BUDGETS = unit_goals(RANKING.space, 2, 4)
 
 
 @pytest.fixture
@@ -107,7 +108,7 @@ class TestWhatWouldHaveBeenDecided:
         assert found.upfront == pytest.approx(2)
 
     def test_in_the_end_is_what_the_run_recommends(self, each: Search) -> None:
-        rows = decide(each.run, BUDGETS)["budgets"]
+        rows = decide(each.run, parse_budgets("units=2,4"))["budgets"]
         assert decided(each, BUDGETS, 9.0).chosen[-1] == [Cell(*row["cell"]) for row in rows]
 
     def test_within_a_cost_is_the_last_one_that_was_paid_for(self, each: Search) -> None:
@@ -131,7 +132,7 @@ def last(chosen: Sequence[Cell]) -> Decisions:
 def test_without_a_table_regret_is_against_the_best_judged_cell_of_the_budget() -> None:
     means = {Cell(0, 2): 0.8, Cell(2, 0): 0.7, Cell(1, 3): 0.5}
     traces = [
-        judged_by_trials(means, RANKING, BUDGETS, last(chosen), 5.0)
+        judged_by_trials(means, BUDGETS, last(chosen), 5.0)
         for chosen in ([Cell(0, 2), Cell(1, 3)], [Cell(2, 0), Cell(1, 3)])
     ]
     np.testing.assert_allclose([trace.regret[0] for trace in traces], [[0, 0], [0.1, 0]], atol=1e-12)

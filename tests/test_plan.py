@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from search_spaces import BadInput, UnsupportedModel, family_of
-from search_spaces.budgets import Budget, parse_budgets
+from search_spaces.budgets import parse_budgets
 from search_spaces.costs import Cost, UnitCosts
 from search_spaces.plan import PruningPlan, Ranking, Unit
 from search_spaces.ratios import Cell, RatioSpace
@@ -134,26 +134,6 @@ def test_ratios_run_from_nothing_to_all(space):
     assert space.ratios(Cell(space.n_attn, space.n_act)) == (float(space.n_attn > 0), float(space.n_act > 0))
     for cell in space:
         assert all(0 <= ratio <= 1 for ratio in space.ratios(cell))
-
-
-@given(spaces, st.integers(0, 40))
-def test_a_budget_is_its_line_or_refused_naming_the_most(space, total):
-    if total <= space.total:
-        cells = Budget(total).feasible(space)
-        assert cells
-        assert {cell.total for cell in cells} == {total}
-        return
-    with pytest.raises(ValueError) as raised:
-        Budget(total).feasible(space)
-    assert f"units={total} " in str(raised.value)
-    assert f"at most units={space.total}" in str(raised.value)
-
-
-@given(st.lists(st.integers(0, 99), min_size=1, max_size=8))
-def test_budgets_are_read_sorted_and_once_each(values):
-    found = parse_budgets("units=" + ",".join(map(str, values)))
-    assert [budget.units for budget in found] == sorted(set(values))
-    assert [parse_budgets(str(budget)) for budget in found] == [(budget,) for budget in found]
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,12 @@ from dpt_search.robustness import POINT, Noise, Samples, study
 from dpt_search.robustness_report import run_study
 from dpt_search.store import BadRun
 from dpt_search.surface_table import write_table
-from search_spaces.budgets import Budget
+from search_spaces.goals import unit_goals
 from search_spaces.ratios import RatioSpace
 
 SPACE = RatioSpace(2, 2)
 SMALL, LARGE = PRESETS["hetdpt"].noises
-EIGHT = (Budget(8),)
+EIGHT = unit_goals(RatioSpace(12, 12), 8)
 
 
 def scripted(surfaces: Sequence[Sequence[float]]) -> tuple[Samples, list[Array]]:
@@ -34,7 +34,7 @@ def scripted(surfaces: Sequence[Sequence[float]]) -> tuple[Samples, list[Array]]
         surface[[2, 4, 6]] = next(left)
         return surface, 0.0
 
-    return Samples("scripted", SPACE, (Budget(2),), np.array([0.5, 0.6]), believe), seen
+    return Samples("scripted", SPACE, unit_goals(SPACE, 2), np.array([0.5, 0.6]), believe), seen
 
 
 def noisy_samples() -> Samples:
@@ -47,7 +47,7 @@ def noisy_samples() -> Samples:
         found = beliefs(space, cells, disturbed)
         return found.mean, found.noise
 
-    return Samples("bowl", space, (Budget(3),), accuracies, believe)
+    return Samples("bowl", space, unit_goals(space, 3), accuracies, believe)
 
 
 def write_surface(folder: str, accuracies: Iterator[float | None]) -> str:

@@ -14,11 +14,11 @@ from optuna.trial import Trial, TrialState
 from dpt_search.config import SAMPLER_NAMES
 from dpt_search.map_sampler import initial_design
 from dpt_search.samplers import cell_of, make_sampler, search_space
-from search_spaces.budgets import Budget
+from search_spaces.goals import unit_goals
 from search_spaces.ratios import Cell, RatioSpace
 
 SPACE = RatioSpace(6, 5)
-BUDGETS = [Budget(3), Budget(4), Budget(6)]
+BUDGETS = unit_goals(SPACE, 3, 4, 6)
 DESIGN = initial_design(SPACE, BUDGETS)
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -94,14 +94,14 @@ class TestEverySampler:
         again = new_study(pickle.loads(pickle.dumps(study.sampler)))
         again.add_trials(study.trials)
         space = search_space(name, SPACE, BUDGETS)
-        assert cell_of(again.ask(space).params, SPACE, BUDGETS) in SPACE
+        assert cell_of(again.ask(space).params, BUDGETS) in SPACE
 
 
 def objective_of(name: str, trial: Trial) -> float:
     """Ask for a sampler's own parameters, by define-by-run."""
     space = search_space(name, SPACE, BUDGETS)
     params = {key: trial.suggest_int(key, integers.low, integers.high) for key, integers in space.items()}
-    return accuracy(cell_of(params, SPACE, BUDGETS))
+    return accuracy(cell_of(params, BUDGETS))
 
 
 class TestOtherParameters:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 import optuna
@@ -10,12 +11,13 @@ from optuna.trial import TrialState
 
 from dpt_search.config import SAMPLER_NAMES
 from dpt_search.map_sampler import DESIGNS, MapSampler, initial_design
-from dpt_search.samplers import PURE, cell_of, feasible_cells, make_sampler, params_of, search_space
-from search_spaces.budgets import Budget
+from dpt_search.posterior import Hint
+from dpt_search.samplers import PURE, candidate_cells, cell_of, make_sampler, params_of, search_space
+from search_spaces.goals import Goal, unit_goals
 from search_spaces.ratios import Cell, RatioSpace
 
 SPACE = RatioSpace(6, 5)
-ONE, SEVERAL = [Budget(4)], [Budget(3), Budget(4), Budget(6)]
+ONE, SEVERAL = unit_goals(SPACE, 4), unit_goals(SPACE, 3, 4, 6)
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -24,7 +26,7 @@ def accuracy(cell: Cell) -> float:
     return 0.9 - 0.01 * (cell.n_attn - 1) ** 2 - 0.004 * (cell.n_act - 3) ** 2
 
 
-def rebuilt(done: list[tuple[Cell, float]], name: str, budgets: list[Budget], seed: int = 0):
+def rebuilt(done: list[tuple[Cell, float]], name: str, budgets: Sequence[Goal], seed: int = 0):
     """A study as a search makes it from its log."""
     study = optuna.create_study(direction="maximize", sampler=make_sampler(name, SPACE, budgets, seed=seed))
     space = search_space(name, SPACE, budgets)
@@ -34,12 +36,12 @@ def rebuilt(done: list[tuple[Cell, float]], name: str, budgets: list[Budget], se
     return study
 
 
-def ask(study: optuna.Study, name: str, budgets: list[Budget]) -> tuple[optuna.Trial, Cell]:
+def ask(study: optuna.Study, name: str, budgets: Sequence[Goal]) -> tuple[optuna.Trial, Cell]:
     trial = study.ask(search_space(name, SPACE, budgets))
-    return trial, cell_of(trial.params, SPACE, budgets)
+    return trial, cell_of(trial.params, budgets)
 
 
-def sequence(name: str, budgets: list[Budget], n: int, seed: int = 0) -> list[Cell]:
+def sequence(name: str, budgets: Sequence[Goal], n: int, seed: int = 0) -> list[Cell]:
     study, cells = rebuilt([], name, budgets, seed), []
     for _ in range(n):
         trial, cell = ask(study, name, budgets)
@@ -78,14 +80,14 @@ class TestEverySampler:
         assert all(ask(study, name, budgets)[1] in SPACE for _ in range(8))
 
     def test_cells_and_parameters_translate_both_ways(self, name, budgets):
-        for cell in feasible_cells(SPACE, budgets):
+        for cell in candidate_cells(budgets):
             params = params_of(cell, name, SPACE, budgets)
             assert params is not None
-            assert cell_of(params, SPACE, budgets) == cell
+            assert cell_of(params, budgets) == cell
 
     def test_takes_enqueued_trials(self, name, budgets):
         study = rebuilt([], name, budgets)
-        wanted = feasible_cells(SPACE, budgets)[2]
+        wanted = candidate_cells(budgets)[2]
         study.enqueue_trial(params_of(wanted, name, SPACE, budgets))
         trial, cell = ask(study, name, budgets)
         study.tell(trial, 0.5)
@@ -106,7 +108,7 @@ def test_another_seed_is_another_search(name):
 
 
 def test_the_grid_visits_every_feasible_cell_once():
-    cells = feasible_cells(SPACE, SEVERAL)
+    cells = candidate_cells(SEVERAL)
     assert sorted(sequence("grid", SEVERAL, len(cells))) == cells
 
 
@@ -138,7 +140,7 @@ class TestMapSampler:
         cells = sequence("map", SEVERAL, 12)
         observations = [Observation(ranking.plan(c), "dense", accuracy(c), 1.0) for c in cells]
         for found in recommend(SPACE, SEVERAL, observations)[1]:
-            best = max(accuracy(c) for c in found.budget.feasible(SPACE))
+            best = max(accuracy(c) for c in found.budget.cells)
             assert accuracy(found.cell) > best - 0.003
 
     def test_adding_a_constant_changes_no_proposal(self):
@@ -188,9 +190,9 @@ class TestMapSampler:
     def test_needs_neither_torch_nor_ray(self):
         code = (
             "import sys; sys.modules['torch'] = sys.modules['ray'] = None\n"
-            "import optuna; from dpt_search.map_sampler import MapSampler; from search_spaces.budgets import Budget\n"
-            "from search_spaces.ratios import RatioSpace\n"
-            "study = optuna.create_study(direction='maximize', sampler=MapSampler(RatioSpace(4, 4), [Budget(3)]))\n"
+            "import optuna; from dpt_search.map_sampler import MapSampler; from search_spaces.goals import unit_goals\n"
+            "from search_spaces.ratios import RatioSpace\nspace = RatioSpace(4, 4)\n"
+            "study = optuna.create_study(direction='maximize', sampler=MapSampler(space, unit_goals(space, 3)))\n"
             "study.optimize(lambda t: t.suggest_int('n_attn', 0, 4) - t.suggest_int('n_act', 0, 4), n_trials=6)\n"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -198,14 +200,14 @@ class TestMapSampler:
 
 
 def test_hints_that_change_are_taken_again():
-    hints = [np.zeros(len(SPACE))]
+    hints = [Hint(np.zeros(len(SPACE)))]
     sampler = MapSampler(SPACE, SEVERAL, hints=lambda: hints)
     done = [(i, accuracy(cell)) for i, cell in enumerate(SPACE) if i % 9 == 4]
     sampler.next_cell(done, [])
     before = sampler._blend
     sampler.next_cell(done, [])
     assert sampler._blend is before
-    hints[0] = np.array([accuracy(cell) for cell in SPACE])
+    hints[0] = Hint(np.array([accuracy(cell) for cell in SPACE]))
     sampler.next_cell(done, [])
     assert sampler._blend is not before
 
@@ -213,7 +215,7 @@ def test_hints_that_change_are_taken_again():
 @pytest.mark.parametrize("design", DESIGNS)
 @pytest.mark.parametrize("space", [RatioSpace(0, 6), RatioSpace(6, 0)])
 def test_a_kind_without_units_is_no_obstacle(design, space):
-    sampler, done = MapSampler(space, [Budget(2), Budget(4)], design=design), []
+    sampler, done = MapSampler(space, unit_goals(space, 2, 4), design=design), []
     for _ in range(12):
         cell = sampler.next_cell(done, [])
         done.append((cell, 0.9 - 0.01 * cell))

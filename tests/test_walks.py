@@ -28,7 +28,7 @@ from dpt_search.strategies import INHERITED, InheritedWalk
 from dpt_search.surface_table import SurfaceTable
 from dpt_search.walk_table import WalkTrial, read_walks
 from dpt_search.walks import tabulate_walks, walks_of
-from search_spaces.budgets import Budget
+from search_spaces.goals import unit_goals
 from search_spaces.plan import PruningPlan
 from search_spaces.ratios import Cell, RatioSpace
 from trainables.engine import evaluate
@@ -192,7 +192,7 @@ class TestTheReplay:
     def test_decides_by_what_was_recorded_and_not_by_common_starts(self) -> None:
         # Recorded the other way round: attentions seem to cost nothing.
         walk = recorded(lambda cell: 0.9 - 0.002 * cell.n_attn**2 - 0.01 * cell.n_act**2)
-        budgets = [Budget(2)]
+        budgets = unit_goals(SPACE, 2)
         told = {"seed": 0, "workers": 1, "max_trials": 40}
         common = replay(surface(), "walk", budgets, **told)
         inherited = replay(surface(), INHERITED, budgets, walks=[walk], **told)
@@ -202,14 +202,14 @@ class TestTheReplay:
     def test_a_trial_waits_for_the_one_before_it(self) -> None:
         walk = recorded(lambda cell: 0.9 - 0.01 * cell.total - 0.001 * cell.n_act)
         told = {"seed": 0, "max_trials": 40, "walks": [walk]}
-        many = replay(surface(), INHERITED, [Budget(2)], workers=16, **told)
+        many = replay(surface(), INHERITED, unit_goals(SPACE, 2), workers=16, **told)
         longest = max(len(each) for each in walks_of(SPACE, 1))
         assert many.time[-1] == longest
         assert many.cost[-1] == len(walk)
 
     def test_without_recorded_walks_is_refused(self) -> None:
         with pytest.raises(ValueError, match="no recorded walks"):
-            replay(surface(), INHERITED, [Budget(2)], seed=0, workers=1, max_trials=9)
+            replay(surface(), INHERITED, unit_goals(SPACE, 2), seed=0, workers=1, max_trials=9)
 
     def test_is_known_by_its_name(self) -> None:
         from dpt_search.strategies import STRATEGIES

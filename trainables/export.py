@@ -23,12 +23,12 @@ from trainables.dense import build_model, load_weights, read_weights
 from trainables.devices import describe
 from trainables.engine import choices
 from trainables.formats import STANDALONE, load_format, on_this_disk, write_formats
-from trainables.intervals import accuracy_interval, median_interval, paired_difference
+from trainables.intervals import accuracy_interval, paired_difference
 from trainables.locations import read_bytes, write_bytes
 from trainables.settings import ModelSettings
 from trainables.splits import Indices
 from trainables.tasks import FORMATS, ExportTask
-from trainables.timing import count_macs, count_params, interleaved_seconds
+from trainables.timing import against_dense, count_macs, count_params, interleaved_seconds, speed
 from trainables.workspace import Workspace, versions
 
 LARGEST_DIFFERENCE = 1e-4
@@ -68,7 +68,7 @@ def export(task: ExportTask) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "plan": task.plan,
         **_compared(chosen, {**models, "baseline": workspace.dense}, test, workspace.view.input_size),
-        "timing": {batch: _against_dense(found) for batch, found in timing.items()},
+        "timing": {batch: against_dense(found["dense"], found["safetensors"]) for batch, found in timing.items()},
         "formats": {
             name: {
                 **_tested(name, chosen, test, device),
@@ -230,20 +230,8 @@ def _timed(
     for batch in task.batches:
         pixels = torch.randn(batch, *workspace.view.input_size, device=device)
         seconds = interleaved_seconds(list(here.values()), pixels, repeats=task.repeats)
-        timing[str(batch)] = {name: _speed(seconds, column) for column, name in enumerate(here)}
+        timing[str(batch)] = {name: speed(seconds, column) for column, name in enumerate(here)}
     return timing
-
-
-def _speed(seconds: np.ndarray, column: int) -> dict[str, float]:
-    """Return a column's median and its speedup over the first, from seconds of shape (rounds, models)."""
-    speedup, low, high = median_interval(list(seconds[:, 0] / seconds[:, column]))
-    return {"seconds": float(np.median(seconds[:, column])), "speedup": speedup, "low": low, "high": high}
-
-
-def _against_dense(found: dict[str, dict[str, float]]) -> dict[str, float]:
-    merged = found["safetensors"]
-    ratio = {name: merged[name] for name in ("speedup", "low", "high")}
-    return {"dense_seconds": found["dense"]["seconds"], "merged_seconds": merged["seconds"], **ratio}
 
 
 def main(folder: str, given: str, made: str) -> None:

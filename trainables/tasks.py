@@ -45,16 +45,29 @@ class ProfileTask(Task):
 
 
 @dataclass(frozen=True)
+class TimingTask(ProfileTask):
+    """Build plans and time them beside the dense model.
+
+    Attributes:
+        plans: their text forms.
+    """
+
+    plans: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class RankTask(Task):
     """Rank the units within each kind.
 
     Attributes:
         batches: number of batches of 64 training images in a pass.
         method: `taylor` or `conditional`, see `importance`.
+        keep: text form of the units that are never removed, and not ranked.
     """
 
     batches: int = 16
     method: str = "taylor"
+    keep: str = ""
 
 
 @dataclass(frozen=True)

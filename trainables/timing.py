@@ -15,11 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from search_spaces import family_of
 from search_spaces.plan import PruningPlan, Unit
 from trainables.devices import autocast, describe, synchronise
-from trainables.tasks import ProfileTask
+from trainables.intervals import median_interval
+from trainables.tasks import ProfileTask, TimingTask
 from trainables.workspace import Workspace
 
 FEWEST, MOST = 7, 200
 """Rounds of a measurement that is to take a given time."""
+FEWEST_TO_JUDGE = 15
+"""Rounds by which a plan's speedup is judged, at least."""
 
 
 def count_macs(model: torch.nn.Module, input_size: tuple[int, int, int]) -> float:
@@ -75,11 +78,16 @@ def interleaved_calls(
 
 
 def calls_within(
-    seconds: float, calls: Sequence[Callable[[], object]], device: torch.device, *, amp: bool = True
+    seconds: float,
+    calls: Sequence[Callable[[], object]],
+    device: torch.device,
+    *,
+    fewest: int = FEWEST,
+    amp: bool = True,
 ) -> np.ndarray:
-    """Time each call in turn for about so long, in `FEWEST` to `MOST` rounds; see `interleaved_calls`."""
+    """Time each call in turn for about so long, in `fewest` to `MOST` rounds; see `interleaved_calls`."""
     one_round = float(np.median(interleaved_calls(calls, device, repeats=3, amp=amp).sum(axis=1)))
-    return interleaved_calls(calls, device, repeats=int(np.clip(seconds / one_round, FEWEST, MOST)), amp=amp)
+    return interleaved_calls(calls, device, repeats=int(np.clip(seconds / one_round, fewest, MOST)), amp=amp)
 
 
 def profile(task: ProfileTask) -> dict[str, Any]:
@@ -114,6 +122,41 @@ def profile(task: ProfileTask) -> dict[str, Any]:
             for row in group:
                 row |= saved
     return {"device": describe(workspace.device), "rows": [whole, *rows]}
+
+
+def time_plans(task: TimingTask) -> dict[str, dict[str, dict[str, float]]]:
+    """Build the merged model of each plan and time it beside the dense one; weights do not matter for that.
+
+    Returns:
+        By plan and batch size the seconds of both, and the speedup with its 95 % interval.
+    """
+    workspace = Workspace(task)
+    dense, size = workspace.dense.to(workspace.device).eval(), workspace.view.input_size
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    share = task.seconds / max(1, len(task.plans) * len(task.batches))
+    for text in task.plans:
+        models = [dense, merged_without(dense, PruningPlan.parse(text).units).to(workspace.device)]
+        found[text] = {}
+        for batch in task.batches:
+            pixels = torch.randn(batch, *size, device=workspace.device)
+            seconds = calls_within(share, calls_of(models, pixels), pixels.device, fewest=FEWEST_TO_JUDGE)
+            found[text][str(batch)] = against_dense(speed(seconds, 0), speed(seconds, 1))
+    return found
+
+
+def speed(seconds: np.ndarray, column: int) -> dict[str, float]:
+    """Return a column's median and its speedup over the first, from seconds of shape (rounds, models).
+
+    The speedup has a 95 % interval, `low` to `high`.
+    """
+    speedup, low, high = median_interval(list(seconds[:, 0] / seconds[:, column]))
+    return {"seconds": float(np.median(seconds[:, column])), "speedup": speedup, "low": low, "high": high}
+
+
+def against_dense(dense: dict[str, float], merged: dict[str, float]) -> dict[str, float]:
+    """Return the seconds of both and the speedup with its interval, from what `speed` returns of each."""
+    ratio = {name: merged[name] for name in ("speedup", "low", "high")}
+    return {"dense_seconds": dense["seconds"], "merged_seconds": merged["seconds"], **ratio}
 
 
 def _counts(dense: torch.nn.Module, unit: Unit, size: tuple[int, int, int], whole: dict[str, Any]) -> dict[str, Any]:

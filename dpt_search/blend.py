@@ -12,32 +12,34 @@ import numpy as np
 
 from dpt_search.kernel import Hyperparameters
 from dpt_search.map_predictor import Array
-from dpt_search.posterior import Data, Posterior, Surface
+from dpt_search.posterior import Data, Hint, Posterior, Surface
 
 FENCE = 0.05
 """Means stay within this of the observed accuracies, in units of accuracy; what is beyond is drawn in, in its order."""
 NEGLIGIBLE = 0.01
 """A model of less weight is left out."""
+_TRUST = 8.0
+"""How many times as likely as all else it is, before any trial, that hints help: probes of real surfaces all did, and
+trials take it back soon enough where they do not. With less, first trials that tell little blur what hints know."""
 
 
 class Blend:
     """Beliefs about a surface, averaged over models with and without a polynomial and hints."""
 
-    def __init__(self, points: Array, degree: int = 2, hints: Sequence[Array] = ()) -> None:
+    def __init__(self, points: Array, degree: int = 2, hints: Sequence[Hint] = ()) -> None:
         """
         Args:
             points: [cells, 2], the ratios of every cell of a full lattice.
             degree: total degree of the polynomial; 0 leaves it out.
-            hints: [cells] each, earlier surfaces, in units of accuracy.
+            hints: earlier surfaces.
         """
         self.models = [Surface(points, 0)]
         if degree:
             self.models.append(Surface(points, degree))
         shares = [1.0] * len(self.models)
         if hints:
-            # Before any trial hints are as likely to help as not.
             self.models.append(Surface(points, degree, hints))
-            shares.append(sum(shares))
+            shares.append(_TRUST * sum(shares))
         self._prior = np.log(shares)
 
     def fit(self, data: Data) -> list[tuple[Hyperparameters, float]]:

@@ -78,7 +78,7 @@ class RunConfig:
     """What the probe trains on: uniform, all cells alike; line, the budgets alike, and the cells of each."""
     probe_sandwich: bool = False
     """Train every batch of the probe as the dense model and as a smallest one too, at three times the cost."""
-    probe_cells: int = 40
+    probe_cells: int = 16
     """Cells of the budgets to evaluate with the probe's weights, well spread; the others follow smoothly. 0: all."""
     prior: list[str] = field(default_factory=list)
     """Directories of earlier runs whose surfaces hint at this one's; how far is learnt. Repeatable: --prior+=RUN."""

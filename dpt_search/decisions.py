@@ -1,13 +1,13 @@
 """What a run has to decide: its budgets against what cells cost, and the plans that were built and timed for it.
 
-A prediction near a budget's limit is not to be relied on. A cell whose predicted seconds are within their spread of the
-limit is therefore built and timed once it is to be recommended, and counts as measured from then on.
+A prediction near a budget's limit is not to be relied on. A cell of a front whose predicted seconds are within their
+spread of the limit is therefore built and timed before anything is trained for it, and counts as measured from then on.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from dpt_search.config import BadConfig, RunConfig
@@ -15,7 +15,7 @@ from dpt_search.costs_table import read_costs
 from dpt_search.run import Run, read_ranking
 from dpt_search.store import RunStore
 from search_spaces.budgets import Budget
-from search_spaces.goals import CellCosts, Goal, goals
+from search_spaces.goals import CellCosts, Goal, Measured, goals
 from search_spaces.plan import PruningPlan, Ranking
 from search_spaces.ratios import Cell, RatioSpace
 from trainables.tasks import TimingTask
@@ -64,7 +64,10 @@ def cell_costs(store: RunStore) -> CellCosts | None:
     costs, order, found = read_costs(store), store.read_json("ranking.json"), store.read_json(NAME) or {}
     if costs is None or order is None:
         return None
-    measured = {plan: {int(batch): t["speedup"] for batch, t in timing.items()} for plan, timing in found.items()}
+    measured = {
+        plan: {int(batch): Measured(t["speedup"], t["low"]) for batch, t in timing.items()}
+        for plan, timing in found.items()
+    }
     return CellCosts(Ranking(tuple(order["attn"]), tuple(order["act"])), costs, measured)
 
 
@@ -78,13 +81,28 @@ def standing_of(run: Run, budget: Budget, cell: Cell) -> dict[str, Any] | None:
     return {"predicted": predicted, "measured": stands.measured, "is_sure": stands.is_sure}
 
 
-def measure(run: Run, plans: Sequence[PruningPlan]) -> None:
+def settled(run: Run) -> tuple[Goal, ...]:
+    """Return `goals_of` the configured budgets, with no cell too close to its limit to rely on the prediction.
+
+    Raises:
+        BadRun, BadConfig: as `goals_of`, which should have been asked first: this one needs Ray.
+    """
+    while True:
+        found, costs = goals_of(run), cell_costs(run.store)
+        pairs = [(b, cell) for b, goal in zip(run.config.budgets, found, strict=True) for cell in goal.cells]
+        limited = [(b, cell) for b, cell in pairs if b.quantity != "units"]
+        if costs is None or all(costs.standing(b, cell).is_sure for b, cell in limited):
+            return found
+        # One that fails makes room on the front for the next.
+        measure(run, {costs.ranking.plan(cell) for b, cell in limited if not costs.standing(b, cell).is_sure})
+
+
+def measure(run: Run, plans: Collection[PruningPlan]) -> None:
     """Build plans and time them beside the dense model, on a worker, and record what came out."""
     config = run.config
     told = sorted(map(str, plans))
-    run.say(f"measuring {'; '.join(told)}: too close to its limit to rely on the prediction")
-    task = TimingTask(
-        **run.task(), plans=tuple(told), batches=tuple(config.batches), seconds=config.timing_seconds
-    )  # fmt: skip
+    what = "1 plan that is" if len(told) == 1 else f"{len(told)} plans that are"
+    run.say(f"measuring {what} too close to the limit of a budget to rely on the prediction")
+    task = TimingTask(**run.task(), plans=tuple(told), batches=tuple(config.batches), seconds=config.timing_seconds)
     found = run.call("trainables.timing:time_plans", task)
     run.store.write_json(NAME, {**(run.store.read_json(NAME) or {}), **found})

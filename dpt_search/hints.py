@@ -10,13 +10,13 @@ from scipy.interpolate import RegularGridInterpolator
 from dpt_search.config import BadConfig
 from dpt_search.map_predictor import Array
 from dpt_search.map_sampler import ratios
-from dpt_search.posterior import Data, Surface
+from dpt_search.posterior import Data, Hint, Surface
 from dpt_search.probe_table import read_probe
 from dpt_search.store import RunStore
 from search_spaces.ratios import Cell, RatioSpace
 
 
-def hints_of(store: RunStore, space: RatioSpace, priors: Sequence[str] = ()) -> list[Array]:
+def hints_of(store: RunStore, space: RatioSpace, priors: Sequence[str] = ()) -> list[Hint]:
     """Return what is known of the surface before its trials, the probe's first, [cells] each in the space's order.
 
     Args:
@@ -30,14 +30,15 @@ def hints_of(store: RunStore, space: RatioSpace, priors: Sequence[str] = ()) -> 
     """
     probe = read_probe(store)
     own = [] if probe is None else [smooth(space, probe.cells, probe.accuracies)]
-    return own + [prior_surface(location, space) for location in priors]
+    return own + [Hint(prior_surface(location, space)) for location in priors]
 
 
-def smooth(space: RatioSpace, cells: Sequence[Cell], accuracies: Array) -> Array:
-    """Return the smooth surface through the accuracies of some cells, [cells of the space]."""
+def smooth(space: RatioSpace, cells: Sequence[Cell], accuracies: Array) -> Hint:
+    """Return the smooth surface through the accuracies of some cells, and how sure it is between them."""
     index = {cell: i for i, cell in enumerate(space)}
     data = Data.of(np.array([index[cell] for cell in cells]), accuracies)
-    return Surface(ratios(space), degree=0).posterior(data).mean
+    found = Surface(ratios(space), degree=0).posterior(data)
+    return Hint(found.mean, found.covariance)
 
 
 def prior_surface(location: str, space: RatioSpace) -> Array:

@@ -51,13 +51,14 @@ class Hyperparameters:
 class Kernel:
     """The prior covariance between the cells of one lattice."""
 
-    def __init__(self, levels: np.ndarray, features: dict[str, Array]) -> None:
+    def __init__(self, levels: np.ndarray, features: dict[str, Array], given: Array | None = None) -> None:
         """
         Args:
             levels: [2, cells] number of units of each kind that every cell removes.
             features: [cells, terms] by the hyperparameter that is the prior sd of their coefficients.
+            given: [cells, cells] covariance of a part that has nothing to be learnt; None for none.
         """
-        self.levels, self.features = levels, features
+        self.levels, self.features, self.given = levels, features, given
         most = levels.max(axis=1)
         self.squared = [squared_distances(n) for n in most]
         self.shared = [np.minimum.outer(np.arange(n + 1.0), np.arange(n + 1.0)) for n in most]
@@ -78,6 +79,8 @@ class Kernel:
         for name, each in self.features.items():
             found += (getattr(hyper, name) ** 2 * each[rows]) @ each[columns].T
         found += hyper.own**2 * (rows[:, None] == columns[None, :])
+        if self.given is not None:
+            found += self.given[np.ix_(rows, columns)]
         return found
 
 
@@ -91,6 +94,7 @@ class FittedKernel:
         fixed["own"] = np.eye(len(cells))
         self.squared = kernel.squared[0][attn], kernel.squared[1][act]
         self.beyond = kernel.beyond[0][attn], kernel.beyond[1][act]
+        self.given = 0.0 if kernel.given is None else kernel.given[np.ix_(cells, cells)]
         self.names = tuple(fixed)
         self.fixed = np.stack([*fixed.values(), *self.beyond]).reshape(len(fixed) + 2, -1)
 
@@ -102,7 +106,7 @@ class FittedKernel:
         single, joint = near[0] + near[1], near[0] * near[1]
         # What changes smoothly along each cliff.
         along = self.beyond[0] * near[1], self.beyond[1] * near[0]
-        total = (variances @ self.fixed).reshape(joint.shape)
+        total = (variances @ self.fixed).reshape(joint.shape) + self.given
         total += hyper.single**2 * single + hyper.joint**2 * joint + variances[-2] * along[0] + variances[-1] * along[1]
         return total, FittedGradient(self, hyper, variances, near, single, joint, along)
 

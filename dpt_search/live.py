@@ -22,6 +22,7 @@ from dpt_search.hints import hints_of, prior_surface
 from dpt_search.lease import Lease
 from dpt_search.map_predictor import Array
 from dpt_search.observed import surface_trials
+from dpt_search.posterior import Hint
 from dpt_search.probe_stage import has_probe, probe_task
 from dpt_search.probe_table import read_probe
 from dpt_search.problem import Observed, Problem
@@ -186,7 +187,7 @@ def decided(each: Search, budgets: Sequence[Goal], max_cost: float) -> Decisions
     run, hinted, unit = each.run, SAMPLERS[each.name] == "map", each.prices.unit
     ranking = read_ranking(run)
     seen = Observed(Problem(ranking.space, budgets, lambda cell: 1.0, run.config.seed), degree=2)
-    seen.take_hints([prior_surface(location, ranking.space) for location in run.config.prior])
+    seen.take_hints([Hint(prior_surface(location, ranking.space)) for location in run.config.prior])
     probe = run.store.read_json("stages/probe.json") if hinted else None
     events: list[tuple[float, Any]] = [(f.time, f) for f in surface_trials(TrialLog(run.store), ranking)]
     if probe is not None:

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from dpt_search.blend import Blend
 from dpt_search.knowledge_gradient import knowledge_gradient
 from dpt_search.map_predictor import Array
-from dpt_search.posterior import Data, Posterior
+from dpt_search.posterior import Data, Hint, Posterior
 from search_spaces.goals import Goal
 from search_spaces.ratios import Cell, RatioSpace
 
@@ -45,7 +45,7 @@ class MapSampler(BaseSampler):
         cost: Callable[[Cell], float] = lambda cell: 1.0,
         degree: int = 2,
         design: str = "lines",
-        hints: Callable[[], Sequence[Array]] = tuple,
+        hints: Callable[[], Sequence[Hint]] = tuple,
     ) -> None:
         """
         Args:
@@ -54,8 +54,7 @@ class MapSampler(BaseSampler):
             cost: of one trial of a cell, in any unit.
             degree: total degree of the polynomial mean; 0 leaves a constant one.
             design: name in `DESIGNS` of what to try first.
-            hints: asked before every proposal for the earlier surfaces there are by now, [cells] each, in units of
-                accuracy; there may come more.
+            hints: asked before every proposal for the earlier surfaces there are by now; there may come more.
         """
         self._space = space
         self._cells = list(space)
@@ -67,7 +66,7 @@ class MapSampler(BaseSampler):
         self._feasible = np.unique(np.concatenate(self._lines))
         self._degree, self._hints = degree, hints
         self._blend = Blend(ratios(space), degree)
-        self._known: list[Array] = []
+        self._known: list[Hint] = []
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Both counts are proposed together."""
@@ -156,7 +155,9 @@ class MapSampler(BaseSampler):
 
     def _take_hints(self) -> None:
         hints = list(self._hints())
-        same = len(hints) == len(self._known) and all(map(np.array_equal, hints, self._known))
+        same = len(hints) == len(self._known) and all(
+            np.array_equal(hint.mean, known.mean) for hint, known in zip(hints, self._known, strict=True)
+        )
         if not same:
             self._blend, self._known = Blend(ratios(self._space), self._degree, hints), hints
 

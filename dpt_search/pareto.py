@@ -64,7 +64,7 @@ def gain_of(costs: CellCosts, about: Budget, plan: PruningPlan) -> float:
     """
     measured = costs.measured.get(str(plan), {}).get(about.batch)
     if measured is not None and about.quantity == "speedup":
-        return measured
+        return measured.speedup
     dense, cost = costs.costs.dense, costs.costs.of(plan)
     return math.nan if math.isnan(about.reached(cost, dense)) else about.of(dense) / about.of(cost)
 

@@ -17,7 +17,8 @@ The residual is made for what real surfaces look like:
 
 A hint is an earlier surface, such as the elastic probe's. Its coefficient is learnt, from 1 on for the first hint and
 from 0 on for others, and so is one each for its mean over rows, its mean over columns and what they leave, because one
-kind of unit may recover better than the hint knows.
+kind of unit may recover better than the hint knows. What the first hint itself is not sure of is so much more for the
+residual to explain, in the way it is unsure: a surface through a few cells is only as good as that between them.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ _WIDTH = {
     "cliff_attn": 1.0, "cliff_act": 1.0, "noise": 0.5,
 }  # fmt: skip
 """Priors are log-normal: their medians are the defaults, and these the sd of the logarithms."""
-_HINTED = {"slope": 0.05, "single": 0.02, "joint": 0.007, "cliff_attn": 0.03, "cliff_act": 0.02}
-"""Medians where there are hints: what these leave to explain is smaller."""
+_HINTED = {"slope": 0.05, "single": 0.02, "joint": 0.007, "cliff_attn": 0.003, "cliff_act": 0.003}
+"""Medians where there are hints: what these leave to explain is smaller, and cliffs are in them."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,19 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Hint:
+    """An earlier surface.
+
+    Attributes:
+        mean: [cells], in units of accuracy.
+        covariance: [cells, cells] of what it is not sure of; None where that is not known.
+    """
+
+    mean: Array
+    covariance: Array | None = None
+
+
+@dataclass(frozen=True)
 class Posterior:
     """Beliefs about the true accuracy of every cell, or of those asked about.
 
@@ -123,12 +137,12 @@ class Posterior:
 class Surface:
     """The model over one lattice."""
 
-    def __init__(self, points: Array, degree: int = 2, hints: Sequence[Array] = ()) -> None:
+    def __init__(self, points: Array, degree: int = 2, hints: Sequence[Hint] = ()) -> None:
         """
         Args:
             points: [cells, 2], the ratios of every cell of a full lattice.
             degree: total degree of the polynomial; 0 leaves a constant mean.
-            hints: [cells] each, earlier surfaces, in units of accuracy.
+            hints: earlier surfaces.
         """
         points = np.asarray(points, dtype=np.float64)
         levels = np.stack([np.unique(points[:, axis], return_inverse=True)[1] for axis in (0, 1)])
@@ -136,13 +150,13 @@ class Surface:
         if degree:
             features["slope"] = monomials(points, degree)[:, 1:]
         if hints:
-            features["hint"] = np.stack([hint - hint.mean() for hint in hints], axis=1)
-            features["shape"] = np.concatenate([parts_of(hint, *levels) for hint in hints], axis=1)
+            features["hint"] = np.stack([hint.mean - hint.mean.mean() for hint in hints], axis=1)
+            features["shape"] = np.concatenate([parts_of(hint.mean, *levels) for hint in hints], axis=1)
         self.hinted = bool(hints)
         self._everywhere = np.arange(len(points))
-        self._hinted = hints[0] - hints[0].mean() if hints else np.zeros(len(points))
+        self._hinted = hints[0].mean - hints[0].mean.mean() if hints else np.zeros(len(points))
         self._edges = np.stack([(level == level.max()) & (level > 0) for level in levels]).astype(np.float64)
-        self._kernel = Kernel(levels, features)
+        self._kernel = Kernel(levels, features, hints[0].covariance if hints else None)
         self.names = (*features, *_ALWAYS)
 
     def _mean(self, hyper: Hyperparameters) -> Array:

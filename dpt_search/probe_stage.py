@@ -12,7 +12,7 @@ from typing import Any
 from dpt_search.config import RunConfig
 from dpt_search.decisions import goals_of
 from dpt_search.hints import hints_of
-from dpt_search.map_predictor import Array
+from dpt_search.posterior import Hint
 from dpt_search.probe_table import NAME, SCHEMA, write_probe
 from dpt_search.remote import Pending, StageFailed, begin
 from dpt_search.run import Run, identity_of, read_ranking
@@ -87,7 +87,7 @@ class ProbeBeside:
             beside.finish()
         return beside
 
-    def hints(self) -> list[Array]:
+    def hints(self) -> list[Hint]:
         """Return the surfaces that are known by now; never waits."""
         if self.pending is not None and self.pending.is_done():
             self.finish()

@@ -11,7 +11,7 @@ from dpt_search.blend import Blend
 from dpt_search.config import RunConfig
 from dpt_search.map_predictor import Array
 from dpt_search.map_sampler import ratios
-from dpt_search.posterior import Data
+from dpt_search.posterior import Data, Hint
 from dpt_search.walk_table import WalkTrial
 from search_spaces.goals import Goal
 from search_spaces.ratios import Cell, RatioSpace, spread
@@ -76,7 +76,7 @@ class Observed:
         self._index = {cell: i for i, cell in enumerate(problem.space)}
         self._lines = [budget.cells for budget in problem.budgets]
         self._blend = Blend(ratios(problem.space), degree)
-        self._hints: Sequence[Array] = ()
+        self._hints: Sequence[Hint] = ()
         self.cells: list[Cell] = []
         self.accuracies: list[float] = []
 
@@ -91,7 +91,7 @@ class Observed:
             known.setdefault(cell, []).append(accuracy)
         return {cell: float(np.mean(values)) for cell, values in known.items()}
 
-    def take_hints(self, hints: Sequence[Array]) -> None:
+    def take_hints(self, hints: Sequence[Hint]) -> None:
         """Let the posterior know earlier surfaces."""
         self._hints = tuple(hints)
         self._blend = Blend(ratios(self._problem.space), self._degree, hints)
@@ -110,7 +110,7 @@ class Observed:
         """
         mean = self.posterior_mean()
         if mean is None and self._hints:
-            mean = self._hints[0]
+            mean = self._hints[0].mean
         if mean is None:
             return [line[len(line) // 2] for line in self._lines]
         return [max(line, key=lambda cell: mean[self._index[cell]]) for line in self._lines]

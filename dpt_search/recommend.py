@@ -12,7 +12,7 @@ import numpy as np
 from dpt_search.blend import Blend
 from dpt_search.map_predictor import Array
 from dpt_search.map_sampler import ratios
-from dpt_search.posterior import Data, Posterior
+from dpt_search.posterior import Data, Hint, Posterior
 from search_spaces.goals import Goal
 from search_spaces.plan import PruningPlan
 from search_spaces.ratios import Cell, RatioSpace
@@ -64,7 +64,7 @@ class Recommendation:
 
 
 def recommend(
-    space: RatioSpace, budgets: Sequence[Goal], observations: Sequence[Observation], hints: Sequence[Array] = ()
+    space: RatioSpace, budgets: Sequence[Goal], observations: Sequence[Observation], hints: Sequence[Hint] = ()
 ) -> tuple[dict[str, Any], list[Recommendation]]:
     """Decide every budget from what was observed.
 
@@ -72,7 +72,7 @@ def recommend(
         space: the lattice.
         budgets: what is to be decided, each with the cells it is decided among.
         observations: at least one finished trial.
-        hints: [cells] each, earlier surfaces.
+        hints: earlier surfaces.
 
     Returns:
         The surface as plain data (`n_attn`, `n_act`, and `mean` and `sd` as rows of n_attn and columns of n_act), and
@@ -97,14 +97,14 @@ def recommend(
     return surface, [_decide(budget, index, found, trials) for budget in budgets]
 
 
-def beliefs(space: RatioSpace, cells: Sequence[Cell], accuracies: Array, hints: Sequence[Array] = ()) -> Posterior:
+def beliefs(space: RatioSpace, cells: Sequence[Cell], accuracies: Array, hints: Sequence[Hint] = ()) -> Posterior:
     """Return what is believed of every cell, in the space's order: the one model that all decisions are made by.
 
     Args:
         space: the lattice.
         cells: of the trials, at least one.
         accuracies: [trials].
-        hints: [cells of the space] each, earlier surfaces.
+        hints: earlier surfaces.
     """
     index = {cell: i for i, cell in enumerate(space)}
     data = Data.of(np.array([index[cell] for cell in cells]), accuracies)

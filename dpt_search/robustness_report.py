@@ -10,6 +10,7 @@ import numpy as np
 
 from dpt_search.config import BadConfig
 from dpt_search.map_predictor import Array
+from dpt_search.posterior import Hint
 from dpt_search.published import PRESETS, published_samples
 from dpt_search.robustness import POINT, Noise, Samples, Stability, study
 from dpt_search.run import Run, read_ranking, recorded_run
@@ -148,7 +149,7 @@ def _believed(
     budgets: tuple[Goal, ...],
     cells: Sequence[Cell],
     accuracies: Sequence[float],
-    hints: Sequence[Array] = (),
+    hints: Sequence[Hint] = (),
 ) -> Samples:
     """Return trials that are decided by as `recommend` does."""
     from dpt_search.recommend import beliefs

@@ -13,8 +13,8 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from dpt_search.map_predictor import Array
 from dpt_search.map_sampler import MapSampler
+from dpt_search.posterior import Hint
 from search_spaces.goals import Goal
 from search_spaces.ratios import Cell, RatioSpace
 
@@ -105,7 +105,7 @@ def make_sampler(
     seed: int,
     cost: Callable[[Cell], float] = lambda cell: 1.0,
     design: str = "lines",
-    hints: Callable[[], Sequence[Array]] = tuple,
+    hints: Callable[[], Sequence[Hint]] = tuple,
     startup: int = 4,
 ) -> BaseSampler:
     """Make a sampler whose randomness is a function of the seed and the trial's number.

@@ -13,10 +13,10 @@ from optuna.samplers import BaseSampler
 
 from dpt_search.allowance import Allowance
 from dpt_search.costs_table import read_costs
-from dpt_search.decisions import cell_costs, goals_of, measure, standing_of
+from dpt_search.decisions import cell_costs, goals_of, settled, standing_of
 from dpt_search.hints import hints_of, prior_surface
-from dpt_search.map_predictor import Array
 from dpt_search.observed import ended, searched, surface_trials, unfinished
+from dpt_search.posterior import Hint
 from dpt_search.probe_stage import ProbeBeside, is_missing
 from dpt_search.progress import TrialLines
 from dpt_search.recommend import Observation, recommend
@@ -25,7 +25,7 @@ from dpt_search.samplers import candidate_cells, cell_of, make_sampler, params_o
 from dpt_search.store import BadRun, Finished, RunStore, TrialLog
 from search_spaces.budgets import Budget
 from search_spaces.costs import UnitCosts
-from search_spaces.goals import Goal
+from search_spaces.goals import Goal, Measured
 from search_spaces.plan import PruningPlan, Ranking
 from search_spaces.ratios import Cell
 from trainables.tasks import TrialTask
@@ -44,7 +44,7 @@ def search(run: Run, allowance: Allowance | None = None) -> None:
     for name in log.broken:
         run.say(f"warning: skipped an unreadable record of the trial log: {name}")
     # First of all: a budget out of reach ends here, before anything is trained.
-    budgets = goals_of(run)
+    goals_of(run)
 
     def work(_: str) -> None:
         if not unfinished(log) and _is_enough(run, log, allowance):
@@ -52,6 +52,7 @@ def search(run: Run, allowance: Allowance | None = None) -> None:
             check_any_finished(log)
             return
         run.start_ray()
+        budgets = settled(run)
         concurrent = _concurrent(run, budgets)
         beside = ProbeBeside.started(run, concurrent)
         lines = TrialLines(run.say, log, config.max_trials, concurrent, allowance)
@@ -135,7 +136,7 @@ def check_any_finished(log: TrialLog) -> None:
         )
 
 
-def _sampler(run: Run, ranking: Ranking, budgets: Sequence[Goal], hints: Callable[[], list[Array]]) -> BaseSampler:
+def _sampler(run: Run, ranking: Ranking, budgets: Sequence[Goal], hints: Callable[[], list[Hint]]) -> BaseSampler:
     config = run.config
     return make_sampler(
         config.sampler, ranking.space, budgets, seed=config.seed + run.reseed, cost=_trial_cost(run, ranking),
@@ -166,12 +167,8 @@ def recommend_stage(run: Run) -> None:
     done = [asdict(each) for each in surface_trials(TrialLog(run.store), ranking)]
 
     def work(_: str) -> None:
-        found = decide(run, run.config.budgets)
-        # Until no recommended cell is too close to its limit: one that fails there makes room for the next.
-        while unsure := sorted({row["plan"] for row in found["budgets"] if not row.get("is_sure", True)}):
-            measure(run, [PruningPlan.parse(plan) for plan in unsure])
-            found = decide(run, run.config.budgets)
-        run.store.write_json("recommendation.json", found)
+        settled(run)
+        run.store.write_json("recommendation.json", decide(run, run.config.budgets))
 
     inputs = [
         digest_of(done), str(run.config.budget), run.store.read_json("ranking.json"),
@@ -224,7 +221,7 @@ def observations_of(run: Run) -> list[Observation]:
 
 
 def speedups(
-    costs: UnitCosts, plan: PruningPlan, measured: Mapping[str, Mapping[int, float]] | None = None
+    costs: UnitCosts, plan: PruningPlan, measured: Mapping[str, Mapping[int, Measured]] | None = None
 ) -> dict[str, float]:
     """Return a plan's speedup by batch size: as measured where it was built and timed, else as predicted.
 
@@ -232,7 +229,7 @@ def speedups(
     """
     found = {batch: costs.speedup(plan, batch) for batch in costs.dense.seconds}
     timed = (measured or {}).get(str(plan), {})
-    known = {str(batch): timed.get(batch, predicted) for batch, predicted in found.items()}
+    known = {str(batch): timed[batch].speedup if batch in timed else value for batch, value in found.items()}
     return {batch: speedup for batch, speedup in known.items() if not math.isnan(speedup)}
 
 

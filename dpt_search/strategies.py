@@ -13,6 +13,7 @@ from dpt_search.hints import smooth
 from dpt_search.line_by_line import LineByLine
 from dpt_search.map_predictor import Array, MapPredictor, NotIdentified
 from dpt_search.map_sampler import MapSampler, published_walks, ratios
+from dpt_search.posterior import Hint
 from dpt_search.problem import Observed, Problem
 from dpt_search.samplers import PURE, cell_of, make_sampler, search_space
 from dpt_search.walk_table import WalkTrial
@@ -90,7 +91,7 @@ class Hinted(WholeSquare):
             probe: whether it runs a probe, where the problem knows of one.
             prior: whether it knows the problem's earlier surface.
         """
-        self._hints: list[Array] = [problem.prior] if prior and problem.prior is not None else []
+        self._hints: list[Hint] = [Hint(problem.prior)] if prior and problem.prior is not None else []
         sampler = MapSampler(problem.space, problem.budgets, problem.cost, hints=lambda: tuple(self._hints))
         super().__init__(problem, "map", sampler)
         self._observed.take_hints(self._hints)

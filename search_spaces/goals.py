@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from search_spaces.budgets import Budget
@@ -33,13 +33,22 @@ class Goal:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """Speedup of a plan that was built and timed: the median over rounds and the low end of its 95 % interval."""
+
+    speedup: float
+    low: float
+
+
+@dataclass(frozen=True)
 class Standing:
     """How a cell stands to a budget, in the unit of the budget's value.
 
     Attributes:
         predicted: what its plan reaches, from what its units save one by one; nan where they seem to save everything.
         measured: what its plan reached when it was built and timed; None where it was not.
-        meets: whether it meets the budget: as measured, or else as predicted.
+        meets: whether it meets the budget: by the low end of what was measured, so that it will again when it is
+            exported, or else as predicted.
         is_sure: False for a cell that was not measured and whose predicted cost is within its spread of the limit.
     """
 
@@ -61,7 +70,7 @@ class CellCosts:
 
     ranking: Ranking
     costs: UnitCosts
-    measured: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    measured: Mapping[str, Mapping[int, Measured]] = field(default_factory=dict)
 
     @cached_property
     def _predicted(self) -> dict[Cell, tuple[PruningPlan, Cost]]:
@@ -83,12 +92,26 @@ class CellCosts:
         predicted = budget.reached(cost, dense)
         measured = self.measured.get(str(plan), {}).get(budget.batch) if budget.batch else None
         if measured is not None:
-            return Standing(predicted, measured, budget.is_met_by(measured), True)
+            return Standing(predicted, measured.speedup, budget.is_met_by(measured.low), True)
         # Counts are exact, but for sums of floats.
         away, exact = budget.limit(dense) - budget.of(cost), 1e-9 * budget.of(dense)
         spread = self.costs.spread(plan, budget.batch) if budget.batch else 0.0
         meets = away >= -exact and not math.isnan(predicted)
         return Standing(predicted, None, meets, not spread or abs(away) > spread)
+
+    def surely(self, budget: Budget, cell: Cell) -> float:
+        """Return what a cell reaches at the worst: with its spread on top of its cost, or the low end as measured.
+
+        It is nan where its units seem to save everything.
+        """
+        plan, cost = self._predicted[cell]
+        measured = self.measured.get(str(plan), {}).get(budget.batch) if budget.batch else None
+        if measured is not None:
+            return measured.low
+        if budget.batch:
+            slower = cost.seconds[budget.batch] + self.costs.spread(plan, budget.batch)
+            cost = replace(cost, seconds={budget.batch: slower})
+        return budget.reached(cost, self.costs.dense)
 
 
 def front(cells: Iterable[Cell]) -> tuple[Cell, ...]:
@@ -127,9 +150,7 @@ def _out_of_reach(budget: Budget, allowed: Sequence[Cell], costs: CellCosts | No
     units = f"{last.total} removable units ({last.n_attn} attn, {last.n_act} act)"
     if budget.quantity == "units" or costs is None:
         return f"budget {budget} is larger than the space: the model has {units}; ask for at most units={last.total}"
-    stands = [costs.standing(budget, cell) for cell in allowed]
-    told = (s.predicted if s.measured is None else s.measured for s in stands)
-    reached = [value for value in told if not math.isnan(value)]
+    reached = [value for cell in allowed if not math.isnan(value := costs.surely(budget, cell))]
     # Rounded towards what can be had.
     if budget.quantity == "speedup":
         best, word = f"{int(max(reached) * 100) / 100:g}", "at most"

@@ -1,5 +1,6 @@
 """Averaged models: what no choice of model may break, and what a hint is worth, right or wrong."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from dpt_search.blend import FENCE, Blend
 from dpt_search.map_predictor import monomials
 from dpt_search.map_sampler import MapSampler, ratios
-from dpt_search.posterior import Data
+from dpt_search.posterior import Data, Hint, Surface
 from dpt_search.surface_table import read_table
 from search_spaces.goals import unit_goals
 from search_spaces.ratios import RatioSpace
@@ -45,7 +46,7 @@ def regret(truth: np.ndarray, mean: np.ndarray) -> float:
 @given(seed=st.integers(0, 10_000), n=st.integers(3, 30), added=st.floats(-0.5, 0.5))
 @settings(max_examples=12)
 def test_the_decision_does_not_change_with_a_constant(hinted, seed, n, added):
-    blend = Blend(POINTS, hints=[quadratic(seed + 1)] if hinted else ())
+    blend = Blend(POINTS, hints=[Hint(quadratic(seed + 1))] if hinted else ())
     data = observe(quadratic(seed), n, 0.003, seed)
     plain = blend.posterior(data).mean
     moved = blend.posterior(Data(data.cells, data.means + added, data.counts, data.scatter)).mean - added
@@ -110,9 +111,36 @@ def test_a_good_hint_decides_at_once_and_a_wrong_one_costs_little():
         upside_down = truth.reshape(13, 13).T.ravel()[::-1]
         few, many = observe(truth, 2, 0.003, seed), observe(truth, 20, 0.003, seed)
         hint = truth + 0.002 * np.random.default_rng(seed).standard_normal(len(truth))
-        hinted.append(regret(truth, Blend(POINTS, hints=[hint]).posterior(few).mean))
+        hinted.append(regret(truth, Blend(POINTS, hints=[Hint(hint)]).posterior(few).mean))
         unhinted.append(regret(truth, Blend(POINTS).posterior(few).mean))
-        wrong.append(regret(truth, Blend(POINTS, hints=[upside_down]).posterior(many).mean))
+        wrong.append(regret(truth, Blend(POINTS, hints=[Hint(upside_down)]).posterior(many).mean))
         plain.append(regret(truth, Blend(POINTS).posterior(many).mean))
     assert np.mean(hinted) < 0.3 * np.mean(unhinted)
     assert np.mean(wrong) < np.mean(plain) + 0.002
+
+
+@given(seed=st.integers(0, 10_000), n=st.integers(2, 12))
+@settings(max_examples=12)
+def test_a_hint_gives_way_where_it_is_not_sure(seed, n):
+    truth = quadratic(seed)
+    # Wrong about the deeper half, and unsure there only.
+    unsure = POINTS.sum(axis=1) > 1.0
+    wrong = np.where(unsure, truth + 0.03 * np.sin(9 * POINTS[:, 0]), truth)
+    covariance = np.outer(unsure, unsure) * 0.03**2 * np.exp(-18 * np.subtract.outer(POINTS[:, 0], POINTS[:, 0]) ** 2)
+    generator = np.random.default_rng(seed)
+    cells = generator.choice(np.flatnonzero(unsure), n)
+    data = Data.of(cells, truth[cells])
+    told, silent = Surface(POINTS, 2, [Hint(wrong, covariance)]), Surface(POINTS, 2, [Hint(wrong)])
+    hyper = replace(told.fit(data)[0], noise=0.004)
+    knowing, trusting = told.posterior(data, hyper), silent.posterior(data, hyper)
+    assert np.abs(knowing.mean - truth)[cells].max() <= np.abs(trusting.mean - truth)[cells].max() + 1e-3
+    assert (knowing.sd[unsure] >= trusting.sd[unsure] - 1e-6).all()
+
+
+def test_a_single_trial_does_not_blur_what_a_hint_knows():
+    lost = []
+    for seed in range(8):
+        hint = quadratic(seed)
+        seen = observe(quadratic(seed + 100), 1, 0.003, seed)
+        lost.append(regret(hint, Blend(POINTS, hints=[Hint(hint)]).posterior(seen).mean))
+    assert np.mean(lost) < 0.0025

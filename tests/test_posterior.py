@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dpt_search.kernel import FittedKernel, Hyperparameters
 from dpt_search.map_predictor import MapPredictor, monomials
 from dpt_search.map_sampler import ratios
-from dpt_search.posterior import Data, Surface
+from dpt_search.posterior import Data, Hint, Surface
 from search_spaces.ratios import RatioSpace
 
 SPACE = RatioSpace(12, 12)
@@ -74,7 +74,7 @@ def test_means_stay_near_what_was_observed(seed, n):
 def test_marginal_likelihood_gradient(seed, n):
     data = Data.of(*observe(quadratic(seed), n, 0.004, seed))
     hyper = Hyperparameters()
-    surface = Surface(POINTS, 2, [quadratic(seed + 1)])
+    surface = Surface(POINTS, 2, [Hint(quadratic(seed + 1), 1e-4 * np.eye(len(POINTS)))])
     kernel = FittedKernel(surface._kernel, data.cells)
     _, gradient = surface._negative_log_likelihood(data, kernel, hyper)
     for name in gradient:
@@ -89,7 +89,8 @@ def test_marginal_likelihood_gradient(seed, n):
 
 @given(seed=st.integers(0, 10_000), n=st.integers(1, 30))
 def test_what_is_fitted_is_the_prior(seed, n):
-    surface, cells = Surface(POINTS, 2, [quadratic(seed)]), np.random.default_rng(seed).permutation(len(POINTS))[:n]
+    surface = Surface(POINTS, 2, [Hint(quadratic(seed), np.cov(np.random.default_rng(seed).normal(0, 0.01, (169, 9))))])
+    cells = np.random.default_rng(seed).permutation(len(POINTS))[:n]
     for hyper in (Hyperparameters(), Hyperparameters(length=0.2, cliff_act=0.5, joint=0.3)):
         fitted, _ = FittedKernel(surface._kernel, cells).at(hyper)
         np.testing.assert_allclose(fitted, surface._kernel.between(hyper, cells, cells), rtol=1e-10, atol=1e-14)
@@ -105,7 +106,7 @@ def test_some_cells_are_believed_what_they_are_among_all(seed, n):
 
 
 def test_every_hyperparameter_is_learnt():
-    surface = Surface(POINTS, 2, [quadratic(7)])
+    surface = Surface(POINTS, 2, [Hint(quadratic(7))])
     data = Data.of(np.array([3]), np.array([0.8]))
     _, gradient = surface._negative_log_likelihood(data, FittedKernel(surface._kernel, data.cells), Hyperparameters())
     assert set(gradient) == {f.name for f in fields(Hyperparameters)}

@@ -140,7 +140,7 @@ def test_beside_the_trials_it_is_taken_when_it_is_there(tmp_path: Path, monkeypa
     assert beside.hints() == []
     worker.done = True
     (hint,) = beside.hints()
-    assert hint.shape == (len(ALL),)
+    assert hint.mean.shape == (len(ALL),)
     assert read_probe(run.store) is not None
     assert len(ProbeBeside.started(run, 2).hints()) == 1
     assert len(worker.tasks) == 1

@@ -11,6 +11,7 @@ from optuna.trial import TrialState
 
 from dpt_search.config import SAMPLER_NAMES
 from dpt_search.map_sampler import DESIGNS, MapSampler, initial_design
+from dpt_search.posterior import Hint
 from dpt_search.samplers import PURE, candidate_cells, cell_of, make_sampler, params_of, search_space
 from search_spaces.goals import Goal, unit_goals
 from search_spaces.ratios import Cell, RatioSpace
@@ -199,14 +200,14 @@ class TestMapSampler:
 
 
 def test_hints_that_change_are_taken_again():
-    hints = [np.zeros(len(SPACE))]
+    hints = [Hint(np.zeros(len(SPACE)))]
     sampler = MapSampler(SPACE, SEVERAL, hints=lambda: hints)
     done = [(i, accuracy(cell)) for i, cell in enumerate(SPACE) if i % 9 == 4]
     sampler.next_cell(done, [])
     before = sampler._blend
     sampler.next_cell(done, [])
     assert sampler._blend is before
-    hints[0] = np.array([accuracy(cell) for cell in SPACE])
+    hints[0] = Hint(np.array([accuracy(cell) for cell in SPACE]))
     sampler.next_cell(done, [])
     assert sampler._blend is not before
 

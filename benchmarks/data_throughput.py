@@ -65,7 +65,7 @@ def main() -> None:
 def default_case(scratch: str) -> tuple[Task, Recipe]:
     config = read_config("run", [])
     data = replace(config.data, cache_dir=f"{scratch}/default")
-    return Task(config.model, data, seed=0, device="cpu", threads=1), config.trial
+    return Task(config.model, data, seed=0, device="cpu", threads=1, attention="zero"), config.trial
 
 
 def jpeg_case(scratch: str, images: int) -> tuple[Task, Recipe]:
@@ -81,7 +81,7 @@ def jpeg_case(scratch: str, images: int) -> tuple[Task, Recipe]:
         pq.write_table(pa.table({"image": column, "label": labels}), folder / f"{split}-{start:06d}.parquet")
     model = ModelSettings("vit_tiny_patch16_224", {"num_classes": CLASSES})
     data = DataSettings(path=str(folder), subset=images, cache_dir=f"{scratch}/cache")
-    return Task(model, data, seed=0, device="cpu", threads=1), Recipe(batch_size=16)
+    return Task(model, data, seed=0, device="cpu", threads=1, attention="zero"), Recipe(batch_size=16)
 
 
 def jpeg(generator: np.random.Generator) -> bytes:

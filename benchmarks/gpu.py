@@ -110,7 +110,7 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 def pruned(name: str) -> nn.Module:
     model = timm.create_model(name)
     plan = PruningPlan.of(spread_units(model, (5, 5)))
-    return family_of(model).remove(model, plan)
+    return family_of(model).remove(model, plan, "zero")
 
 
 def image_set(model: nn.Module, images: int) -> ImageSet:

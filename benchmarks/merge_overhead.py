@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from search_spaces import family_of
-from search_spaces.plan import Unit
+from search_spaces.plan import PruningPlan, Unit
 from search_spaces.timm_compat import timm
 from trainables.devices import describe, torch_device
 from trainables.intervals import median_interval
@@ -81,7 +81,7 @@ def overheads(
         dense = timm.create_model(name).eval()
         size = tuple(timm.data.resolve_model_data_config(dense)["input_size"])
         for cell in cells:
-            merged = merged_without(dense, spread_units(dense, cell))
+            merged = merged_without(dense, PruningPlan.of(spread_units(dense, cell)), "zero")
             macs = count_macs(dense, size) / count_macs(merged, size)
             pair = [model.to(device, dtype) for model in (timm.create_model(name).eval(), merged)]
             modules = parts(name, cell, device, dtype)

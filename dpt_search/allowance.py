@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from dpt_search.store import Finished
 from search_spaces.costs import UnitCosts
-from search_spaces.plan import PruningPlan, Ranking
+from search_spaces.plan import Attention, Ranking
 from search_spaces.ratios import Cell
 from trainables.settings import Recipe
 from trainables.tasks import TRAINING_FORWARDS, ProbeTask
@@ -24,22 +24,25 @@ class Prices:
         costs: of the dense model and its units.
         ranking: translates a cell into a plan.
         recipe: of a trial.
+        attention: what stays of a removed attention.
         images: how many count: `train` in an epoch, `val` and `probe` in an evaluation.
     """
 
     costs: UnitCosts
     ranking: Ranking
     recipe: Recipe
+    attention: Attention
     images: Mapping[str, int]
 
     def trial(self, cell: Cell) -> float:
-        """Return the cost of a trial: in training an activation's removal saves none, as the layers merge later."""
-        macs = self.costs.of(PruningPlan(attn=self.ranking.plan(cell).attn)).macs
+        """Return the cost of a trial."""
+        plan = self.ranking.plan(cell)
+        macs, removed = (self.costs.training_macs(plan, attention) for attention in (self.attention, "zero"))
         teacher = self.costs.dense.macs if self.recipe.distillation != "none" else 0.0
         epochs = self.recipe.epochs
         training = epochs * self.images["train"] * (TRAINING_FORWARDS * macs + teacher)
         # Once before the first epoch and after each.
-        return training + (epochs + 1) * self.images["val"] * macs
+        return training + self.images["val"] * (removed + epochs * macs)
 
     def probe(self, task: ProbeTask) -> float:
         """Return the cost of a probe: its training, taught by the dense model, and its cells as merged models."""

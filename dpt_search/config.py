@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from search_spaces import BadInput
 from search_spaces.budgets import Budget, parse_budgets
-from search_spaces.plan import PruningPlan
+from search_spaces.plan import Attention, PruningPlan
 from trainables.settings import DataSettings, ModelSettings, Recipe
 from trainables.tasks import FORMATS
 
@@ -56,6 +56,8 @@ class RunConfig:
     """Remove at most this many activations; left out: any number."""
     keep: str = ""
     """Units that are never removed, such as "attn:0,11 act:0"; pruning ratios count the others only."""
+    attention: Attention = "zero"
+    """What stays of a removed attention: zero, nothing; identity, x + norm(x); double, 2 x, reached by a decay."""
     adapt: Recipe = field(default_factory=_adapt_recipe)
     """How the dense model is adapted to the data first; adapt.epochs=0 (--adapt-epochs) leaves it as it is."""
     ranking: Literal["taylor", "conditional"] = "taylor"
@@ -151,6 +153,9 @@ _GROWING = (
     "refine", "prior", "max_attn", "max_act", "baseline", "export_formats",
 )  # fmt: skip
 """Fields, or groups of them, that a later start may change."""
+
+LATER = {"ranking": "taylor", "start": "dense", "keep": "", "attention": "zero"}
+"""Identity fields that earlier versions lacked, and what those versions did: with it, their records stay valid."""
 
 
 def check(config: RunConfig) -> None:
@@ -257,7 +262,7 @@ def check_same_run(recorded: dict[str, Any], config: RunConfig) -> None:
     Raises:
         BadConfig: an identity field differs, naming it.
     """
-    before = _flat(recorded)
+    before = {**LATER, **_flat(recorded)}
     for name, value in identity(config).items():
         if name in before and before[name] != value:
             raise BadConfig(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dpt_search.allowance import Allowance, Prices
-from dpt_search.config import RunConfig, check, identity
+from dpt_search.config import LATER, RunConfig, check, identity
 from dpt_search.costs_table import read_costs
 from dpt_search.decisions import NAME as MEASURED
 from dpt_search.decisions import goals_of
@@ -108,7 +108,7 @@ def prices_of(run: Run, out: RunStore) -> Prices:
         task = TrialTask(**run.task(), recipe=run.config.trial, checkpoints="")
         known = {"inputs": inputs, "images": run.call("trainables.table_trial:image_counts", task)}
         out.write_json("images.json", known)
-    return Prices(costs, ranking, run.config.trial, known["images"])
+    return Prices(costs, ranking, run.config.trial, run.config.attention, known["images"])
 
 
 def opened(run: Run, out: RunStore, name: str, number: int, prices: Prices, told: dict[str, Any]) -> Search:
@@ -169,7 +169,7 @@ def _fronts(run: Run, config: RunConfig) -> dict[str, list[tuple[int, int]]]:
 
 def _check_settings(store: RunStore, settings: dict[str, Any]) -> None:
     before = store.read_json("live.json")
-    differs = [name for name in settings if before is not None and before.get(name) != settings[name]]
+    differs = [name for name in settings if before is not None and before.get(name, LATER.get(name)) != settings[name]]
     if differs:
         raise BadRun(
             f"{store.location!r} has a search with another {differs[0]}: choose another --out, or remove that directory"

@@ -14,15 +14,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dpt_search.config import RunConfig, check, check_same_run, identity
+from dpt_search.config import LATER, RunConfig, check, check_same_run, identity
 from dpt_search.remote import call, ray_session, resources
 from dpt_search.store import BadRun, RunStore
 from search_spaces.plan import Ranking
 from trainables.settings import ModelSettings
 from trainables.tasks import Task
 
-_LATER = {"ranking": "taylor", "start": "dense", "keep": ""}
-"""Identity fields that earlier versions lacked, and what those versions did: with it, their records stay valid."""
 PACKAGES = ("dpt-search", "torch", "timm", "ray", "optuna", "pyarrow", "numpy")
 
 
@@ -104,6 +102,7 @@ class Run:
             "seed": self.config.seed,
             "device": self.config.device,
             "threads": threads,
+            "attention": self.config.attention,
         }
 
     def stage(self, name: str, inputs: Any, output: str, work: Callable[[str], None]) -> bool:
@@ -156,7 +155,7 @@ def digest_of(inputs: Any) -> str:
 def identity_of(config: RunConfig) -> dict[str, Any]:
     """Return what the dense model, the ranking and the trials depend on, sorted."""
     found = identity(config)
-    return {name: found[name] for name in sorted(found) if name not in _LATER or found[name] != _LATER[name]}
+    return {name: found[name] for name in sorted(found) if name not in LATER or found[name] != LATER[name]}
 
 
 def open_run(config: RunConfig, say: Callable[[str], None]) -> Run:

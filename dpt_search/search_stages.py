@@ -145,10 +145,10 @@ def _sampler(run: Run, ranking: Ranking, budgets: Sequence[Goal], hints: Callabl
 
 
 def _trial_cost(run: Run, ranking: Ranking) -> Callable[[Cell], float]:
-    """Return MACs of a forward pass in training, where an activation's removal saves none: the layers merge later."""
+    """Return MACs of a forward pass in training."""
     costs = read_costs(run.store)
     assert costs is not None
-    return lambda cell: costs.of(PruningPlan(attn=ranking.plan(cell).attn)).macs
+    return lambda cell: costs.training_macs(ranking.plan(cell), run.config.attention)
 
 
 def _concurrent(run: Run, budgets: Sequence[Goal]) -> int:

@@ -166,7 +166,7 @@ def _told(
                 f"the weights of trial {before.name} are gone, and the next one starts from them: remove "
                 f"{run.store.path(FOLDER)} to have the walks made again"
             )
-        task = replace(task, start=run.store.path(before.weights))
+        task = replace(task, start=run.store.path(before.weights), start_plan=str(ranking.plan(before.cell)))
     weights = "" if step is walk[-1] else run.store.path(step.weights)
     return task, step.number, str(ranking.plan(step.cell)), step.trial_seed, weights
 

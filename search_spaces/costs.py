@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from search_spaces.plan import PruningPlan, Unit
+from search_spaces.plan import Attention, PruningPlan, Unit
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,13 @@ class UnitCosts:
         for unit in plan.units:
             cost = cost.minus(self.saved[unit])
         return cost
+
+    def training_macs(self, plan: PruningPlan, attention: Attention) -> float:
+        """Return the MACs of a forward pass while a plan is trained.
+
+        An activation's removal saves none, as the layers merge later; nor does that of an attention which fades.
+        """
+        return self.dense.macs if attention == "double" else self.of(PruningPlan(attn=plan.attn)).macs
 
     def spread(self, plan: PruningPlan, batch: int) -> float:
         """Return how far off the predicted seconds of a plan may be at one batch size.

@@ -2,11 +2,18 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from search_spaces.ratios import Cell, RatioSpace
 
 KINDS = ("attn", "act")
 """`attn`: the attention of a block. `act`: the activation between the two linear layers of its MLP."""
+Attention = Literal["zero", "identity", "double"]
+"""What the attention half `x + attn(norm1(x))` of a block becomes without its attention.
+
+`zero`: nothing, `x`. `identity`: `x + norm1(x)`, as in HetDPT's code. `double`: `2 x`, reached in training by a decay,
+as in NOSE ("MLP can be a good transformer learner", CVPR 2024).
+"""
 
 
 @dataclass(frozen=True, order=True)

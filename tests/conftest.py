@@ -127,7 +127,9 @@ TINY_IMAGES = {"train": 96, "val": 48, "probe": 24}
 @pytest.fixture(scope="session")
 def tiny_costs(tiny: ModelSettings, tiny_data: DataSettings) -> list[dict[str, Any]]:
     """The profile of the tiny model."""
-    rows: list[dict[str, Any]] = profile(ProfileTask(tiny, tiny_data, 0, "cpu", 1, batches=(1,), seconds=0.1))["rows"]
+    rows: list[dict[str, Any]] = profile(ProfileTask(tiny, tiny_data, 0, "cpu", 1, "zero", batches=(1,), seconds=0.1))[
+        "rows"
+    ]
     return rows
 
 
@@ -147,4 +149,4 @@ def tiny_prices(run: Run) -> Prices:
     """Return what trials and probe of a tiny run cost."""
     costs = read_costs(run.store)
     assert costs is not None
-    return Prices(costs, read_ranking(run), run.config.trial, TINY_IMAGES)
+    return Prices(costs, read_ranking(run), run.config.trial, run.config.attention, TINY_IMAGES)

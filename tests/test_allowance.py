@@ -1,7 +1,7 @@
 """What trials and probe cost is known before they run, and a search stops at a cost."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from conftest import TINY_IMAGES, TINY_RANKING, tiny_prices
@@ -16,7 +16,7 @@ from dpt_search.run import Run
 from dpt_search.store import Finished, TrialLog
 from dpt_search.tune_search import RecordedSearch, SearchPlan
 from search_spaces.costs import Cost, UnitCosts
-from search_spaces.plan import PruningPlan, Unit
+from search_spaces.plan import Attention, PruningPlan, Unit
 from search_spaces.ratios import Cell
 from trainables.probe import run_probe
 from trainables.settings import Recipe
@@ -24,10 +24,11 @@ from trainables.table_trial import image_counts, run_trial
 from trainables.tasks import TrialTask
 
 
+@pytest.mark.parametrize("attention", get_args(Attention))
 @pytest.mark.parametrize("distillation", ["none", "soft"])
-def test_what_trials_and_probe_cost_is_known_before_they_run(tiny_run: Run, distillation: Any) -> None:
+def test_what_trials_and_probe_cost_is_known_before_they_run(tiny_run: Run, distillation: Any, attention: Any) -> None:
     recipe = replace(tiny_run.config.trial, epochs=2, distillation=distillation)
-    tiny_run.config = replace(tiny_run.config, trial=recipe)
+    tiny_run.config = replace(tiny_run.config, trial=recipe, attention=attention)
     task = TrialTask(**tiny_run.task(), recipe=recipe, checkpoints=tiny_run.store.path("states"))
     assert image_counts(task) == TINY_IMAGES
     for number, cell in enumerate([Cell(0, 0), Cell(2, 1)]):
@@ -46,7 +47,7 @@ def unit_costs() -> UnitCosts:
     st.floats(0.5, 20), st.floats(0, 5), st.lists(st.sampled_from(list(TINY_RANKING.space)), min_size=30, max_size=30)
 )
 def test_trials_stop_at_the_cost_and_not_before(most: float, probe: float, cells: list[Cell]) -> None:
-    made = Prices(unit_costs(), TINY_RANKING, Recipe(epochs=1), TINY_IMAGES)
+    made = Prices(unit_costs(), TINY_RANKING, Recipe(epochs=1), "zero", TINY_IMAGES)
     allowance = Allowance(most * made.unit, made, lambda: probe * made.unit)
     running: list[Cell] = []
     while not allowance.is_spent([], running):

@@ -29,7 +29,7 @@ def run(tiny, tiny_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     store = RunStore(str(folder))
     store.write_json("run.json", {"config": asdict(replace(RunConfig(), model=tiny, data=tiny_data))})
-    task = ExportTask(tiny, tiny_data, 0, "cpu", 1, PLAN, "", store.path("export"))
+    task = ExportTask(tiny, tiny_data, 0, "cpu", 1, "zero", PLAN, "", store.path("export"))
     workspace = Workspace(task)
     model = workspace.pruned(PruningPlan.parse(PLAN))
     write_model(task, workspace, model)

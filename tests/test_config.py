@@ -114,8 +114,16 @@ def test_a_field_that_an_older_version_did_not_record_is_no_change() -> None:
 def test_a_field_that_came_later_leaves_the_records_of_earlier_versions_valid() -> None:
     assert identity(BASE)["ranking"] == "taylor"
     assert "ranking" not in identity_of(BASE)
-    other = replace(BASE, ranking="conditional")
-    assert identity_of(other) == identity_of(BASE) | {"ranking": "conditional"}
+    other = replace(BASE, ranking="conditional", attention="double")
+    assert identity_of(other) == identity_of(BASE) | {"ranking": "conditional", "attention": "double"}
+
+
+def test_a_run_of_an_earlier_version_keeps_what_that_version_did() -> None:
+    old = recorded(BASE)
+    del old["attention"]
+    check_same_run(old, replace(BASE, attention="zero"))
+    with pytest.raises(BadConfig, match=r"attention is 'double', but the run in .* was started with 'zero'"):
+        check_same_run(old, replace(BASE, attention="double"))
 
 
 @pytest.mark.parametrize("name", NUMBERS)

@@ -182,7 +182,7 @@ def test_a_label_outside_the_models_classes_is_refused_before_anything_starts(tm
     pq.write_table(pq.read_table(path).set_column(1, "label", pa.array([label] + [0] * 89)), path)
     data = source(tmp_path, tmp_path / "cache", mean=[0.4], std=[0.25], crop_pct=1.0)
     with pytest.raises(BadData, match=rf"{split} has label {label}, but the model has 3 classes \(0 to 2\)"):
-        check_model(Task(tiny, data, 0, "cpu", 1))
+        check_model(Task(tiny, data, 0, "cpu", 1, "zero"))
 
 
 def test_mean_and_std_need_a_value_for_every_channel(tiny):

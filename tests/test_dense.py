@@ -167,7 +167,7 @@ def test_the_models_named_as_similar_exist():
 
 @pytest.fixture
 def task(tiny, tiny_data):
-    return Task(tiny, tiny_data, 0, "cpu", 1)
+    return Task(tiny, tiny_data, 0, "cpu", 1, "zero")
 
 
 def test_a_model_that_never_saw_the_data_is_refused_naming_the_likely_causes(task):
@@ -180,7 +180,7 @@ def test_a_model_that_never_saw_the_data_is_refused_naming_the_likely_causes(tas
 @pytest.fixture(scope="module")
 def learnt(tiny, tiny_data, tmp_path_factory):
     """The tiny model with weights that have learnt the tiny data."""
-    workspace = Workspace(Task(tiny, tiny_data, 0, "cpu", 1))
+    workspace = Workspace(Task(tiny, tiny_data, 0, "cpu", 1, "zero"))
     recipe = Recipe(epochs=12, batch_size=16, lr=0.06, crop_scale=1.0)
     training = Training(workspace.dense, workspace.images("train"), recipe, device=workspace.device, seed=0)
     for _ in range(recipe.epochs):

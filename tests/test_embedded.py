@@ -26,7 +26,7 @@ def settings():
 @pytest.fixture(scope="module")
 def workspace(settings, tmp_path_factory):
     data = DataSettings(**settings["data"], cache_dir=str(tmp_path_factory.mktemp("embedded")))
-    return Workspace(Task(ModelSettings(**settings["model"]), data, 0, "cpu", 1))
+    return Workspace(Task(ModelSettings(**settings["model"]), data, 0, "cpu", 1, "zero"))
 
 
 @pytest.fixture(scope="module")

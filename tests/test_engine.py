@@ -52,7 +52,7 @@ def begin(tiny, train):
 
     def make(recipe: Recipe, *, seed: int = 1, weights: int = 0, images=train, **rest) -> Training:
         model = build_model(tiny, seed=weights, drop_path=recipe.drop_path)
-        family_of(model).remove(model, PruningPlan.parse("attn:1 act:2"))
+        family_of(model).remove(model, PruningPlan.parse("attn:1 act:2"), "zero")
         teacher = build_model(tiny, seed=7) if recipe.distillation != "none" else None
         return Training(model, images, recipe, device=CPU, seed=seed, teacher=teacher, **rest)
 
@@ -238,9 +238,9 @@ def test_workers_share_an_epoch_and_epochs_differ(train, world):
 
 def test_importance_is_the_slope_of_the_loss_in_each_gate(tiny, val):
     model = build_model(tiny, seed=3)
-    found = taylor_importance(model, val, CPU, 1)
+    found = taylor_importance(model, val, CPU, 1, "zero")
     pixels, labels = next(val.eval_batches(64))
-    with family_of(model).gates(model) as gates, torch.no_grad():
+    with family_of(model).gates(model, "zero") as gates, torch.no_grad():
 
         def loss_at(gate: torch.Tensor, value: float) -> float:
             gate.fill_(value)
@@ -252,7 +252,7 @@ def test_importance_is_the_slope_of_the_loss_in_each_gate(tiny, val):
 
 
 def test_a_ranking_has_every_unit_by_growing_importance_and_is_the_same_again(tiny, tiny_data):
-    task = RankTask(tiny, tiny_data, 0, "cpu", 1, batches=2)
+    task = RankTask(tiny, tiny_data, 0, "cpu", 1, "zero", batches=2)
     found = rank(task)
     for kind in ("attn", "act"):
         assert sorted(found[kind]) == [0, 1, 2, 3]

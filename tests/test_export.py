@@ -36,7 +36,7 @@ RECIPE = Recipe(epochs=2, batch_size=32, lr=0.02, ema=0.9)
 def finetuned(tiny, tiny_data, tmp_path_factory):
     """A fine-tune that is done, its task, and what it reported."""
     folder = str(tmp_path_factory.mktemp("finetune"))
-    task = FinetuneTask(tiny, tiny_data, 0, "cpu", 1, RECIPE, PLAN, folder, "inputs")
+    task = FinetuneTask(tiny, tiny_data, 0, "cpu", 1, "zero", RECIPE, PLAN, folder, "inputs")
     reports = []
     return task, finetune(task, reports.append), reports
 
@@ -46,7 +46,7 @@ def exported(finetuned, tmp_path_factory):
     """An export of the fine-tune, and its summary."""
     done, _, _ = finetuned
     folder = str(tmp_path_factory.mktemp("export") / "of")
-    task = ExportTask(done.model, done.data, 0, "cpu", 1, PLAN, done.weights, folder, batches=(1, 4), repeats=6)
+    task = ExportTask(done.model, done.data, 0, "cpu", 1, "zero", PLAN, done.weights, folder, batches=(1, 4), repeats=6)
     return task, export(task)
 
 
@@ -217,7 +217,9 @@ def test_every_format_is_tested_and_timed_after_loading(exported):
 
 def test_only_the_formats_asked_for_are_written_and_a_baseline_is_compared(exported, tmp_path):
     task, summary = exported
-    baseline = FinetuneTask(task.model, task.data, 0, "cpu", 1, RECIPE, "dense", str(tmp_path / "baseline"), "inputs")
+    baseline = FinetuneTask(
+        task.model, task.data, 0, "cpu", 1, "zero", RECIPE, "dense", str(tmp_path / "baseline"), "inputs"
+    )
     finetune(baseline, lambda record: None)
     small = replace(task, folder=str(tmp_path / "of"), formats=("safetensors",), baseline=baseline.weights)
     found = export(small)

@@ -4,6 +4,7 @@ import copy
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import get_args
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from search_spaces import UnsupportedModel, family_of
-from search_spaces.plan import KINDS, PruningPlan, Unit
+from search_spaces.plan import KINDS, Attention, PruningPlan, Unit
 from search_spaces.timm_compat import timm
 from trainables.timing import count_macs, count_params
 
@@ -54,6 +55,12 @@ def row(request):
     return request.param
 
 
+@pytest.fixture(params=get_args(Attention))
+def attention(request):
+    """What stays of a removed attention."""
+    return request.param
+
+
 def built(row: Row) -> torch.nn.Module:
     """Return the row's model, not to be changed, with weights large enough for every layer to matter."""
     if row.name not in BUILT:
@@ -93,29 +100,29 @@ def test_units_are_all_removable_layers_in_order(row):
 
 @few
 @given(data=st.data())
-def test_gates_at_zero_are_what_remove_leaves(row, data):
+def test_gates_at_zero_are_what_remove_leaves(row, attention, data):
     plan = data.draw(any_plan(row))
     model = fresh(row)
-    with family_of(model).gates(model) as gates, torch.no_grad():
+    with family_of(model).gates(model, attention) as gates, torch.no_grad():
         for unit in plan.units:
             gates[unit].zero_()
         gated = logits(model)
-    removed = logits(family_of(model).remove(model, plan))
+    removed = logits(family_of(model).remove(model, plan, attention))
     assert largest_difference(gated, removed) <= 1e-6
 
 
-def test_removing_any_one_unit_changes_the_logits(row):
+def test_removing_any_one_unit_changes_the_logits(row, attention):
     before = logits(fresh(row))
     for unit in family_of(fresh(row)).units(fresh(row)):
         model = fresh(row)
-        after = logits(family_of(model).remove(model, PruningPlan.of([unit])))
+        after = logits(family_of(model).remove(model, PruningPlan.of([unit]), attention))
         assert largest_difference(after, before) > 1e-3, unit
 
 
-def test_gates_at_one_change_nothing_and_every_gate_has_a_gradient(row):
+def test_gates_at_one_change_nothing_and_every_gate_has_a_gradient(row, attention):
     model = fresh(row)
     before = logits(model)
-    with family_of(model).gates(model) as gates:
+    with family_of(model).gates(model, attention) as gates:
         assert set(gates) == set(family_of(model).units(model))
         found = model(torch.randn(3, *SIZE, generator=torch.Generator().manual_seed(1)))
         gradients = torch.autograd.grad(found.square().sum(), list(gates.values()))
@@ -123,20 +130,20 @@ def test_gates_at_one_change_nothing_and_every_gate_has_a_gradient(row):
     assert all(float(gradient) != 0 for gradient in gradients)
 
 
-def test_a_gate_scales_smoothly_between_removed_and_as_built(row):
+def test_a_gate_scales_smoothly_between_removed_and_as_built(row, attention):
     model = fresh(row)
     unit = Unit("act", 1)
     before = logits(model)
-    with family_of(model).gates(model) as gates, torch.no_grad():
+    with family_of(model).gates(model, attention) as gates, torch.no_grad():
         gates[unit].fill_(0.999)
         near = logits(model)
     assert 0 < largest_difference(near, before) < 0.01
 
 
-def test_gates_put_the_model_back_even_after_an_error(row):
+def test_gates_put_the_model_back_even_after_an_error(row, attention):
     model = fresh(row)
     before, modules, state = logits(model), list(model.modules()), copy.deepcopy(model.state_dict())
-    with pytest.raises(KeyboardInterrupt), family_of(model).gates(model) as gates, torch.no_grad():
+    with pytest.raises(KeyboardInterrupt), family_of(model).gates(model, attention) as gates, torch.no_grad():
         next(iter(gates.values())).zero_()
         raise KeyboardInterrupt
     assert [id(m) for m in model.modules()] == [id(m) for m in modules]
@@ -146,10 +153,10 @@ def test_gates_put_the_model_back_even_after_an_error(row):
 
 @few
 @given(data=st.data())
-def test_remove_keeps_the_other_weights_and_their_names(row, data):
+def test_remove_keeps_the_other_weights_and_their_names(row, attention, data):
     plan = data.draw(any_plan(row))
     dense, model = built(row), fresh(row)
-    family_of(model).remove(model, plan)
+    family_of(model).remove(model, plan, attention)
     before, after = dense.state_dict(), model.state_dict()
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
     gone = before.keys() - after.keys()
@@ -161,24 +168,26 @@ def test_remove_keeps_the_other_weights_and_their_names(row, data):
 
 @few
 @given(data=st.data())
-def test_removing_in_two_steps_is_removing_at_once(row, data):
+def test_removing_in_two_steps_is_removing_at_once(row, attention, data):
     plan = data.draw(any_plan(row))
     first = data.draw(st.sets(st.sampled_from(plan.units)) if plan.units else st.just(set()))
     at_once, in_steps = fresh(row), fresh(row)
     family = family_of(at_once)
-    family.remove(at_once, plan)
-    family.remove(family.remove(in_steps, PruningPlan.of(first)), PruningPlan.of(set(plan.units) - first))
+    family.remove(at_once, plan, attention)
+    family.remove(
+        family.remove(in_steps, PruningPlan.of(first), attention), PruningPlan.of(set(plan.units) - first), attention
+    )
     assert at_once.state_dict().keys() == in_steps.state_dict().keys()
     assert torch.equal(logits(at_once), logits(in_steps))
 
 
 @few
 @given(data=st.data())
-def test_merging_keeps_the_logits_and_saves_what_it_promises(row, data):
+def test_merging_keeps_the_logits_and_saves_what_it_promises(row, attention, data):
     plan = data.draw(any_plan(row))
     dense, model = built(row), fresh(row)
     family = family_of(model)
-    unmerged = logits(family.remove(model, plan))
+    unmerged = logits(family.remove(model, plan, attention))
     merged = family.merge(model)
     assert merged is model
     assert largest_difference(logits(merged), unmerged) <= 1e-5
@@ -187,19 +196,19 @@ def test_merging_keeps_the_logits_and_saves_what_it_promises(row, data):
     assert (saved_params > 0) == (saved_macs > 0) == (len(plan) > 0)
 
 
-def test_every_further_unit_saves_more(row):
+def test_every_further_unit_saves_more(row, attention):
     removable = family_of(built(row)).units(built(row))
     sizes = []
     for count in range(len(removable) + 1):
         model = fresh(row)
-        family_of(model).merge(family_of(model).remove(model, PruningPlan.of(removable[:count])))
+        family_of(model).merge(family_of(model).remove(model, PruningPlan.of(removable[:count]), attention))
         sizes.append((count_params(model), count_macs(model, SIZE)))
     assert all(after[0] < before[0] and after[1] < before[1] for before, after in itertools.pairwise(sizes))
 
 
-def test_the_empty_plan_changes_nothing(row):
+def test_the_empty_plan_changes_nothing(row, attention):
     dense, model = built(row), fresh(row)
-    family_of(model).merge(family_of(model).remove(model, PruningPlan()))
+    family_of(model).merge(family_of(model).remove(model, PruningPlan(), attention))
     assert model.state_dict().keys() == dense.state_dict().keys()
     assert torch.equal(logits(model), logits(dense))
     assert count_macs(model, SIZE) == count_macs(dense, SIZE)
@@ -207,39 +216,39 @@ def test_the_empty_plan_changes_nothing(row):
 
 @few
 @given(data=st.data())
-def test_merged_weights_load_into_a_model_made_the_same_way(row, data):
+def test_merged_weights_load_into_a_model_made_the_same_way(row, attention, data):
     plan = data.draw(any_plan(row))
     model = fresh(row)
     family = family_of(model)
-    expected = family.merge(family.remove(model, plan))
+    expected = family.merge(family.remove(model, plan, attention))
     torch.manual_seed(5)
     other = row.build().eval()
-    family.merge(family.remove(other, plan))
+    family.merge(family.remove(other, plan, attention))
     assert not torch.equal(logits(other), logits(expected))
     other.load_state_dict(expected.state_dict())
     assert torch.equal(logits(other), logits(expected))
 
 
-def test_a_merged_model_still_learns(row):
+def test_a_merged_model_still_learns(row, attention):
     model = fresh(row)
     everything = PruningPlan.of(u for u in family_of(model).units(model) if u.index % 2)
-    family_of(model).merge(family_of(model).remove(model, everything)).train()
+    family_of(model).merge(family_of(model).remove(model, everything, attention)).train()
     model(torch.randn(3, *SIZE)).square().sum().backward()
     silent = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not silent
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_unit_that_is_not_there_is_refused_and_nothing_is_removed(row, kind):
+def test_a_unit_that_is_not_there_is_refused_and_nothing_is_removed(row, attention, kind):
     model = fresh(row)
     state = model.state_dict().keys()
     with pytest.raises(UnsupportedModel, match=f"{kind}:99"):
-        family_of(model).remove(model, PruningPlan.of([Unit("attn", 0), Unit(kind, 99)]))
+        family_of(model).remove(model, PruningPlan.of([Unit("attn", 0), Unit(kind, 99)]), attention)
     assert model.state_dict().keys() == state
     once = PruningPlan.of([Unit(kind, 0)])
-    family_of(model).remove(model, once)
+    family_of(model).remove(model, once, attention)
     with pytest.raises(UnsupportedModel, match=f"{kind}:0"):
-        family_of(model).remove(model, once)
+        family_of(model).remove(model, once, attention)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mixer_s32_224"])

@@ -26,7 +26,7 @@ def images(tiny_data):
 
 @pytest.fixture(scope="module")
 def task(tiny, tiny_data):
-    return RankTask(tiny, tiny_data, 0, "cpu", 1, batches=2, method="conditional")
+    return RankTask(tiny, tiny_data, 0, "cpu", 1, "zero", batches=2, method="conditional")
 
 
 def loud(tiny):
@@ -42,10 +42,10 @@ def loud(tiny):
 def test_each_unit_that_goes_is_the_least_important_of_its_kind_in_the_model_that_is_left(tiny, images):
     """Removal itself is the reference: in the pruned model the units left have that importance, and none has less."""
     model, gone = loud(tiny), []
-    found = conditional_importance(model, images, CPU, 2)
+    found = conditional_importance(model, images, CPU, 2, "zero")
     for unit, importance in found.items():
-        pruned = family_of(model).remove(loud(tiny), PruningPlan.of(gone))
-        left = {u: v for u, v in taylor_importance(pruned, images, CPU, 2).items() if u.kind == unit.kind}
+        pruned = family_of(model).remove(loud(tiny), PruningPlan.of(gone), "zero")
+        left = {u: v for u, v in taylor_importance(pruned, images, CPU, 2, "zero").items() if u.kind == unit.kind}
         assert importance == pytest.approx(left[unit], rel=1e-3, abs=1e-6)
         assert left[unit] <= min(left.values()) * (1 + 1e-3)
         gone.append(unit)
@@ -53,8 +53,8 @@ def test_each_unit_that_goes_is_the_least_important_of_its_kind_in_the_model_tha
 
 
 def test_the_order_depends_on_what_went_before(tiny, images):
-    at_once, model = taylor_importance(loud(tiny), images, CPU, 2), loud(tiny)
-    one_by_one = conditional_importance(model, images, CPU, 2)
+    at_once, model = taylor_importance(loud(tiny), images, CPU, 2, "zero"), loud(tiny)
+    one_by_one = conditional_importance(model, images, CPU, 2, "zero")
     orders = [[u for u in one_by_one if u.kind == kind] for kind in ("attn", "act")]
     plain = [sorted((u for u in at_once if u.kind == kind), key=lambda u: at_once[u]) for kind in ("attn", "act")]
     assert orders != plain
@@ -65,7 +65,7 @@ def test_the_order_depends_on_what_went_before(tiny, images):
 def test_the_kinds_take_turns_and_the_model_is_put_back(tiny, images):
     model = loud(tiny)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = conditional_importance(model, images, CPU, 1)
+    found = conditional_importance(model, images, CPU, 1, "zero")
     assert [unit.kind for unit in found] == ["attn", "act"] * 4
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search_spaces.plan import PruningPlan, Ranking
+from search_spaces.plan import Attention, PruningPlan, Ranking
 from search_spaces.ratios import Cell
 from search_spaces.vit import gates, merge, remove
 from trainables.engine import Training, evaluate
@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def task(tiny: ModelSettings, tiny_data: DataSettings, tmp_path: Path) -> ProbeTask:
     folder = str(tmp_path / "probe")
-    return ProbeTask(tiny, tiny_data, 0, "cpu", 1, RECIPE, RANKING, LINES, ALL, "uniform", False, folder)
+    return ProbeTask(tiny, tiny_data, 0, "cpu", 1, "zero", RECIPE, RANKING, LINES, ALL, "uniform", False, folder)
 
 
 def weights_of(task: ProbeTask) -> dict[str, torch.Tensor]:
@@ -46,11 +46,19 @@ def cells_of(found: dict[str, Any]) -> dict[Cell, float]:
 
 
 class TestTheGates:
-    @pytest.fixture(scope="class")
-    def trained(self, tiny: ModelSettings, tiny_data: DataSettings, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    @pytest.fixture(scope="class", params=get_args(Attention))
+    def trained(
+        self,
+        request: pytest.FixtureRequest,
+        tiny: ModelSettings,
+        tiny_data: DataSettings,
+        tmp_path_factory: pytest.TempPathFactory,
+    ) -> Any:
         """A task whose probe has run, what it found, and its shared weights in a dense model."""
         folder = str(tmp_path_factory.mktemp("probe"))
-        task = ProbeTask(tiny, tiny_data, 0, "cpu", 1, LEARNS, RANKING, LINES, ALL, "uniform", False, folder)
+        task = ProbeTask(
+            tiny, tiny_data, 0, "cpu", 1, request.param, LEARNS, RANKING, LINES, ALL, "uniform", False, folder
+        )
         found = run_probe(task)
         workspace = Workspace(task)
         workspace.dense.load_state_dict(weights_of(task))
@@ -93,11 +101,11 @@ class TestTheGates:
         workspace = trained[2]
         pixels = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(seed))
         model = workspace.pruned(PruningPlan()).eval()
-        with gates(model) as installed, torch.no_grad():
+        with gates(model, workspace.task.attention) as installed, torch.no_grad():
             for cell in cells:
                 switch(installed, RANKING.plan(cell))
                 gated = model(pixels)
-        removed = remove(workspace.pruned(PruningPlan()), RANKING.plan(cells[-1])).eval()
+        removed = remove(workspace.pruned(PruningPlan()), RANKING.plan(cells[-1]), workspace.task.attention).eval()
         with torch.no_grad():
             assert torch.allclose(gated, removed(pixels), atol=1e-5)
 
@@ -107,7 +115,7 @@ def test_a_pass_trains_the_drawn_cell_and_leaves_what_is_switched_off(task: Prob
     elastic = Elastic(model, RANKING)
     elastic.cells = iter([Cell(1, 0), Cell(0, 0)])
     pixels = torch.randn(2, 1, 28, 28)
-    with gates(model) as elastic.gates:
+    with gates(model, task.attention) as elastic.gates:
         elastic(pixels).sum().backward()
         assert not model.blocks[2].attn.attn.qkv.weight.grad.any()
         assert model.blocks[0].attn.attn.qkv.weight.grad.any()

@@ -17,7 +17,7 @@ RECIPE = Recipe(epochs=2, batch_size=32, lr=0.02)
 
 @pytest.fixture
 def task(tiny: ModelSettings, tiny_data: DataSettings, tmp_path: Path) -> TrialTask:
-    return TrialTask(tiny, tiny_data, 0, "cpu", 1, RECIPE, str(tmp_path / "states"))
+    return TrialTask(tiny, tiny_data, 0, "cpu", 1, "zero", RECIPE, str(tmp_path / "states"))
 
 
 def test_the_worker_runs_the_trial_the_search_would(task: TrialTask, tmp_path: Path) -> None:

@@ -84,12 +84,12 @@ def test_a_reader_that_does_not_say_so_is_refused(tiny_data, tiny, limit):
     with pytest.raises(PermissionError, match="only export, bench and report"):
         load_images(tiny_data, "test", VIEW, 0, limit=limit)
     with pytest.raises(PermissionError, match="only export, bench and report"):
-        Workspace(Task(tiny, tiny_data, 0, "cpu", 1)).images("test", limit)
+        Workspace(Task(tiny, tiny_data, 0, "cpu", 1, "zero")).images("test", limit)
     assert len(load_images(tiny_data, "test", VIEW, 0, limit=limit, may_read_test=True)) == (limit or 60)
 
 
 def test_having_read_it_once_gives_no_other_reader_the_right(tiny, tiny_data):
-    workspace = Workspace(Task(tiny, tiny_data, 0, "cpu", 1))
+    workspace = Workspace(Task(tiny, tiny_data, 0, "cpu", 1, "zero"))
     workspace.images("test", may_read_test=True)
     with pytest.raises(PermissionError):
         workspace.images("test")
@@ -107,7 +107,7 @@ def unreadable_test(tiny_data, tmp_path):
 
 
 def test_every_stage_but_export_runs_on_data_whose_test_images_cannot_be_read(tiny, unreadable_test, tmp_path):
-    common = (tiny, unreadable_test, 0, "cpu", 1)
+    common = (tiny, unreadable_test, 0, "cpu", 1, "zero")
     recipe = Recipe(epochs=1, batch_size=32)
     check_model(Task(*common))
     with pytest.raises(ValueError, match="chance"):

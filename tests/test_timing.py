@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from search_spaces import family_of
-from search_spaces.plan import Unit
+from search_spaces.plan import PruningPlan, Unit
 from search_spaces.timm_compat import timm
 from trainables.intervals import accuracy_interval, median_interval, paired_difference
 from trainables.tasks import ProfileTask
@@ -29,17 +29,20 @@ def test_macs_and_parameters_are_the_published_ones(name, gigamacs, megaparams):
 
 
 def test_units_save_the_macs_of_their_layers(tiny, tiny_data):
-    dense, tokens, width = Workspace(ProfileTask(tiny, tiny_data, 0, "cpu", 1)).dense, 17, 32
+    dense, tokens, width = Workspace(ProfileTask(tiny, tiny_data, 0, "cpu", 1, "zero")).dense, 17, 32
     whole = count_macs(dense, (1, 28, 28))
-    saved = {kind: whole - count_macs(merged_without(dense, [Unit(kind, 2)]), (1, 28, 28)) for kind in ("attn", "act")}
+    saved = {
+        kind: whole - count_macs(merged_without(dense, PruningPlan.of([Unit(kind, 2)]), "zero"), (1, 28, 28))
+        for kind in ("attn", "act")
+    }
     assert saved["attn"] == 4 * tokens * width**2 + 2 * tokens**2 * width
     assert saved["act"] == (8 - 1) * tokens * width**2
 
 
 def test_a_profile_has_the_dense_model_and_every_unit(tiny, tiny_data):
-    found = profile(ProfileTask(tiny, tiny_data, 0, "cpu", 1, batches=(1, 8), seconds=0.5))
+    found = profile(ProfileTask(tiny, tiny_data, 0, "cpu", 1, "zero", batches=(1, 8), seconds=0.5))
     whole, *rows = found["rows"]
-    dense = Workspace(ProfileTask(tiny, tiny_data, 0, "cpu", 1)).dense
+    dense = Workspace(ProfileTask(tiny, tiny_data, 0, "cpu", 1, "zero")).dense
     assert [Unit(row["kind"], row["index"]) for row in rows] == list(family_of(dense).units(dense))
     assert (whole["macs"], whole["params"]) == (count_macs(dense, (1, 28, 28)), count_params(dense))
     assert sum(row["macs"] for row in rows) < whole["macs"]
@@ -48,8 +51,10 @@ def test_a_profile_has_the_dense_model_and_every_unit(tiny, tiny_data):
 
 
 def test_timing_is_taken_of_every_model_in_every_round(tiny, tiny_data):
-    dense = Workspace(ProfileTask(tiny, tiny_data, 0, "cpu", 1)).dense
-    seconds = interleaved_seconds([dense, merged_without(dense, [])], torch.randn(2, 1, 28, 28), repeats=4)
+    dense = Workspace(ProfileTask(tiny, tiny_data, 0, "cpu", 1, "zero")).dense
+    seconds = interleaved_seconds(
+        [dense, merged_without(dense, PruningPlan(), "zero")], torch.randn(2, 1, 28, 28), repeats=4
+    )
     assert seconds.shape == (4, 2)
     assert (seconds > 0).all()
 

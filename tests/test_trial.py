@@ -23,7 +23,7 @@ RECIPE = Recipe(epochs=3, batch_size=32, lr=0.02, ema=0.9, distillation="soft")
 
 @pytest.fixture
 def task(tiny, tiny_data, tmp_path):
-    return TrialTask(tiny, tiny_data, 0, "cpu", 1, RECIPE, str(tmp_path / "states"))
+    return TrialTask(tiny, tiny_data, 0, "cpu", 1, "zero", RECIPE, str(tmp_path / "states"))
 
 
 @pytest.fixture

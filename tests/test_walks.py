@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -29,7 +29,7 @@ from dpt_search.surface_table import SurfaceTable
 from dpt_search.walk_table import WalkTrial, read_walks
 from dpt_search.walks import tabulate_walks, walks_of
 from search_spaces.goals import unit_goals
-from search_spaces.plan import PruningPlan
+from search_spaces.plan import Attention, PruningPlan
 from search_spaces.ratios import Cell, RatioSpace
 from trainables.engine import evaluate
 from trainables.settings import DataSettings, ModelSettings, Recipe
@@ -97,9 +97,11 @@ def test_walks_are_the_published_samples_each_nested_in_the_next(space: RatioSpa
             assert before.cell.n_act <= after.cell.n_act
 
 
+@pytest.mark.parametrize("attention", get_args(Attention))
 def test_every_trial_starts_from_the_weights_of_the_one_before_it(
-    config: RunConfig, workers: Workers, monkeypatch: pytest.MonkeyPatch
+    config: RunConfig, workers: Workers, monkeypatch: pytest.MonkeyPatch, attention: Any
 ) -> None:
+    config = replace(config, attention=attention)
     monkeypatch.setattr(RunStore, "delete", lambda *_: None)
     rows = {row["trial"]: row for row in pq.read_table(make(config), use_threads=False).to_pylist()}
     started = {Path(job[4]).stem or job[2]: job for job in workers.told}
@@ -110,6 +112,8 @@ def test_every_trial_starts_from_the_weights_of_the_one_before_it(
         if row["start_trial"] is None:
             continue
         before = rows[row["start_trial"]]
+        # What went before does not fade again.
+        assert task.start_plan == before["plan"]
         assert Path(task.start).stem == before["trial"] == f"{row['walk']}-0-{row['step'] - 1:02d}"
         workspace = Workspace(task)
         # With those weights the plan before is what that trial ended with, to the last image.

@@ -25,6 +25,9 @@ from trainables.splits import Indices
 
 Module = nn.Module
 
+FADING = 0.7
+"""Share of a training's steps over which attentions fade; in the rest the model trains as it will be."""
+
 
 class Diverged(ArithmeticError):
     """The training loss is not a finite number."""
@@ -68,6 +71,7 @@ class Training:
         workers: int = 0,
         wrap: Callable[[Module], Module] = lambda model: model,
         passes: int = 1,
+        fade: Callable[[Module, float], None] | None = None,
     ) -> None:
         """
         Args:
@@ -82,6 +86,7 @@ class Training:
             workers: loader processes.
             wrap: makes the form of the model that is called in training: the distributed one, the probe's.
             passes: forward and backward passes over each batch; their gradients are averaged.
+            fade: takes a model and what is to be left of attentions that fade out of it: see `left_at`.
 
         Raises:
             ValueError: there are fewer images than one batch holds.
@@ -110,6 +115,8 @@ class Training:
             t_in_epochs=False,
         )
         self._mixup = _mixup(recipe, self.classes)
+        self._fade = fade
+        self._fade_at(0)
 
     @property
     def classes(self) -> int:
@@ -142,10 +149,12 @@ class Training:
         if not np.isfinite(loss):
             raise Diverged(f"the loss became {loss} in epoch {epoch + 1}: lower the learning rate")
         self.epochs_done += 1
+        self._fade_at(self.epochs_done * self._steps)
         return Epoch(self.epochs_done, loss, images, time.perf_counter() - start)
 
     def _step(self, step: int, pixels: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         self._scheduler.step_update(step)
+        self._fade_at(step)
         if self._mixup is not None:
             pixels, targets = self._mixup(pixels, labels)
         else:
@@ -163,6 +172,13 @@ class Training:
         if self.ema is not None:
             self.ema.update(self.model, step=step)
         return total
+
+    def _fade_at(self, step: int) -> None:
+        """Leave as much of what fades as there is to be at a step, in the model and its moving average."""
+        if self._fade is not None:
+            left = left_at(step, self._recipe.epochs * self._steps)
+            self._fade(self.model, left)
+            self._fade(self.result, left)
 
     def _taught(self, pixels: torch.Tensor) -> torch.Tensor | None:
         """Return the teacher's logits, shape (B, K), where there is one."""
@@ -194,6 +210,12 @@ class Training:
         self._optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
+        self._fade_at(self.epochs_done * self._steps)
+
+
+def left_at(step: int, steps: int) -> float:
+    """Return what is left of fading attentions at a step: from 1 at the first, 0, linearly to 0 at `FADING` of all."""
+    return max(0.0, 1 - step / (FADING * max(1, steps)))
 
 
 def _mixup(recipe: Recipe, classes: int) -> Any:

@@ -153,6 +153,7 @@ def write_model(task: ExportTask, workspace: Workspace, unmerged: torch.nn.Modul
     kwargs = {**task.model.kwargs, "num_classes": cast(int, unmerged.num_classes)}
     description = {
         "plan": task.plan,
+        "attention": task.attention,
         "model": asdict(ModelSettings(task.model.name, kwargs)),
         "view": asdict(workspace.view),
         "versions": versions(),
@@ -170,7 +171,9 @@ def load_pruned(path: str) -> torch.nn.Module:
     description = json.loads(read_bytes(f"{path}/plan.json"))
     model = build_model(ModelSettings(**description["model"]))
     family = family_of(model)
-    model = family.merge(family.remove(model, PruningPlan.parse(description["plan"])))
+    # Exports of versions that lacked the field removed all of an attention.
+    attention = description.get("attention", "zero")
+    model = family.merge(family.remove(model, PruningPlan.parse(description["plan"]), attention))
     load_weights(model, read_weights(f"{path}/model.safetensors"), path)
     return model.eval()
 

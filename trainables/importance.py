@@ -15,14 +15,19 @@ import torch
 import torch.nn.functional as F
 
 from search_spaces import family_of
-from search_spaces.plan import KINDS, PruningPlan, Unit
+from search_spaces.plan import KINDS, Attention, PruningPlan, Unit
 from trainables.data import ImageSet
 from trainables.tasks import RankTask
 from trainables.workspace import Workspace
 
 
 def taylor_importance(
-    model: torch.nn.Module, images: ImageSet, device: torch.device, batches: int, keep: Collection[Unit] = ()
+    model: torch.nn.Module,
+    images: ImageSet,
+    device: torch.device,
+    batches: int,
+    attention: Attention,
+    keep: Collection[Unit] = (),
 ) -> dict[Unit, float]:
     """Return the first-order Taylor estimate of the loss change when a unit's gate goes from 1 to 0.
 
@@ -30,12 +35,17 @@ def taylor_importance(
     Pruning", equation 8, with the gate as the parameter).
     """
     model = model.to(device).eval()
-    with family_of(model).gates(model) as gates:
+    with family_of(model).gates(model, attention) as gates:
         return _slopes(model, {u: gate for u, gate in gates.items() if u not in keep}, images, device, batches)
 
 
 def conditional_importance(
-    model: torch.nn.Module, images: ImageSet, device: torch.device, batches: int, keep: Collection[Unit] = ()
+    model: torch.nn.Module,
+    images: ImageSet,
+    device: torch.device,
+    batches: int,
+    attention: Attention,
+    keep: Collection[Unit] = (),
 ) -> dict[Unit, float]:
     """Remove the least important unit until none is left, and return each unit's importance when it went, in order.
 
@@ -44,7 +54,7 @@ def conditional_importance(
     """
     model = model.to(device).eval()
     gone: dict[Unit, float] = {}
-    with family_of(model).gates(model) as installed:
+    with family_of(model).gates(model, attention) as installed:
         gates = {unit: gate for unit, gate in installed.items() if unit not in keep}
         while len(gone) < len(gates):
             kind = _next_kind(gates, gone)
@@ -94,7 +104,8 @@ def rank(task: RankTask) -> dict[str, Any]:
     workspace = Workspace(task)
     images = workspace.images("train", 64 * task.batches)
     measure = conditional_importance if task.method == "conditional" else taylor_importance
-    found = measure(workspace.dense, images, workspace.device, task.batches, PruningPlan.parse(task.keep).units)
+    kept = PruningPlan.parse(task.keep).units
+    found = measure(workspace.dense, images, workspace.device, task.batches, task.attention, kept)
     ordered = found if task.method == "conditional" else _least_first(found)
     return {
         "method": task.method,

@@ -44,8 +44,10 @@ def finetune(
     """
     workspace = Workspace(task, drop_path=task.recipe.drop_path)
     val = workspace.images("val")
+    plan = PruningPlan.parse(task.plan)
+    model, fade = workspace.to_train(plan, task.start)
     training = Training(
-        workspace.pruned(PruningPlan.parse(task.plan), task.start),
+        model,
         workspace.images("train"),
         task.recipe,
         device=workspace.device,
@@ -55,6 +57,7 @@ def finetune(
         world=task.workers,
         workers=task.data.workers,
         wrap=wrap,
+        fade=fade,
     )
     epochs = _resume(task, training)
     while training.epochs_done < task.recipe.epochs:
@@ -69,8 +72,7 @@ def finetune(
             write_bytes(task.progress, json.dumps({"inputs": task.inputs, "epochs": epochs}).encode())
         report(record)
     if rank == 0:
-        weights = {name: tensor.contiguous().cpu() for name, tensor in training.result.state_dict().items()}
-        write_bytes(task.weights, safetensors.torch.save(weights))
+        write_bytes(task.weights, safetensors.torch.save(workspace.weights(training.result, plan)))
     return {
         "plan": task.plan,
         "epochs": epochs,

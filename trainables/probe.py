@@ -7,7 +7,6 @@ model teaches, as in one-shot architecture search (Yu and Huang 2019, "Universal
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -25,7 +24,7 @@ from trainables.devices import describe
 from trainables.engine import Training, evaluate
 from trainables.locations import write_bytes
 from trainables.tasks import TRAINING_FORWARDS, ProbeTask
-from trainables.timing import count_macs
+from trainables.timing import count_macs, merged_without
 from trainables.workspace import Workspace, versions
 
 
@@ -122,7 +121,7 @@ def _train(task: ProbeTask, workspace: Workspace) -> tuple[torch.nn.Module, list
     )  # fmt: skip
     epochs: list[dict[str, float]] = []
     # After the training, whose moving average is a copy of the model: it must have no gates.
-    with family_of(model).gates(model) as elastic.gates:
+    with family_of(model).gates(model, task.attention) as elastic.gates:
         state = load_state(task.state)
         if state is not None and state["task"] == repr(task):
             training.load_state_dict(state["training"])
@@ -144,7 +143,7 @@ def evaluate_cells(
     """
     found = []
     for cell in task.cells:
-        small = family_of(model).merge(family_of(model).remove(copy.deepcopy(model), task.ranking.plan(cell)))
+        small = merged_without(model, task.ranking.plan(cell), task.attention)
         right = evaluate(small, images, device, amp=task.recipe.amp, workers=task.data.workers)
         found.append((float(right.mean()), count_macs(small, images.view.input_size) * len(images)))
     return found

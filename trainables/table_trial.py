@@ -73,7 +73,7 @@ def image_counts(task: TrialTask) -> dict[str, int]:
 
 def _workspace(task: TrialTask) -> Workspace:
     # Where a trial starts from and leaves its state is its own; the rest of the workspace is shared.
-    key = repr(replace(task, start="", checkpoints=""))
+    key = repr(replace(task, start="", start_plan="", checkpoints=""))
     if key not in _workspaces:
         _workspaces.clear()
         _workspaces[key] = Workspace(task, drop_path=task.recipe.drop_path)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from search_spaces.plan import Ranking
+from search_spaces.plan import Attention, Ranking
 from search_spaces.ratios import Cell
 from trainables.settings import DataSettings, ModelSettings, Recipe
 
@@ -22,6 +22,7 @@ class Task:
         seed: the run's seed.
         device: row of `devices.DEVICES`.
         threads: CPU threads the process may use.
+        attention: what stays of a removed attention.
     """
 
     model: ModelSettings
@@ -29,6 +30,7 @@ class Task:
     seed: int
     device: str
     threads: int
+    attention: Attention
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,14 @@ class TrialTask(Task):
         checkpoints: folder or URI for the states of running trials.
         timeout: seconds after which a trial fails; 0 for no limit.
         start: weights that a trial starts from, those of a dense model; empty for the dense model's own.
+        start_plan: text form of what those weights were trained without already.
     """
 
     recipe: Recipe
     checkpoints: str
     timeout: float = 0.0
     start: str = ""
+    start_plan: str = "dense"
 
 
 @dataclass(frozen=True)

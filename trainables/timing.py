@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from search_spaces import family_of
-from search_spaces.plan import PruningPlan, Unit
+from search_spaces.plan import Attention, PruningPlan, Unit
 from trainables.devices import autocast, describe, synchronise
 from trainables.intervals import median_interval
 from trainables.tasks import ProfileTask, TimingTask
@@ -108,10 +108,11 @@ def profile(task: ProfileTask) -> dict[str, Any]:
         "macs": count_macs(dense, size),
         "params": count_params(dense),
     }
-    rows = [_counts(dense, unit, size, whole) for unit in family_of(dense).units(dense)]
+    rows = [_counts(dense, unit, task.attention, size, whole) for unit in family_of(dense).units(dense)]
     groups = _alike(rows)
     removed = [group[: (len(group) + 1) // 2] for group in groups]
-    models = [dense, *(merged_without(dense, [Unit(r["kind"], r["index"]) for r in half]) for half in removed)]
+    plans = [PruningPlan.of(Unit(r["kind"], r["index"]) for r in half) for half in removed]
+    models = [dense, *(merged_without(dense, plan, task.attention) for plan in plans)]
     models = [model.to(workspace.device) for model in models]
     for batch in task.batches:
         pixels = torch.randn(batch, *size, device=workspace.device)
@@ -135,7 +136,7 @@ def time_plans(task: TimingTask) -> dict[str, dict[str, dict[str, float]]]:
     found: dict[str, dict[str, dict[str, float]]] = {}
     share = task.seconds / max(1, len(task.plans) * len(task.batches))
     for text in task.plans:
-        models = [dense, merged_without(dense, PruningPlan.parse(text).units).to(workspace.device)]
+        models = [dense, merged_without(dense, PruningPlan.parse(text), task.attention).to(workspace.device)]
         found[text] = {}
         for batch in task.batches:
             pixels = torch.randn(batch, *size, device=workspace.device)
@@ -159,9 +160,11 @@ def against_dense(dense: dict[str, float], merged: dict[str, float]) -> dict[str
     return {"dense_seconds": dense["seconds"], "merged_seconds": merged["seconds"], **ratio}
 
 
-def _counts(dense: torch.nn.Module, unit: Unit, size: tuple[int, int, int], whole: dict[str, Any]) -> dict[str, Any]:
+def _counts(
+    dense: torch.nn.Module, unit: Unit, attention: Attention, size: tuple[int, int, int], whole: dict[str, Any]
+) -> dict[str, Any]:
     """Return a unit's row with what its removal saves in MACs and parameters."""
-    merged = merged_without(dense, [unit])
+    merged = merged_without(dense, PruningPlan.of([unit]), attention)
     return {
         "kind": unit.kind,
         "index": unit.index,
@@ -178,10 +181,10 @@ def _alike(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return list(groups.values())
 
 
-def merged_without(dense: torch.nn.Module, units: Sequence[Unit]) -> torch.nn.Module:
-    """Return a merged copy of the dense model without some units."""
+def merged_without(dense: torch.nn.Module, plan: PruningPlan, attention: Attention) -> torch.nn.Module:
+    """Return a merged copy of a model without a plan's units."""
     family = family_of(dense)
-    model: torch.nn.Module = family.merge(family.remove(copy.deepcopy(dense), PruningPlan.of(units))).eval()
+    model: torch.nn.Module = family.merge(family.remove(copy.deepcopy(dense), plan, attention)).eval()
     return model
 
 

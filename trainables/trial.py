@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 import safetensors.torch
+import torch
 
 from search_spaces.plan import PruningPlan
 from trainables.checkpoints import load_state, save_state
@@ -28,15 +29,15 @@ class Trial:
         self._workspace, self._task, self._number, self._plan = workspace, task, number, plan
         self._train = workspace.images("train", task.data.subset)
         self._val = workspace.images("val", task.data.val_limit)
-        model = workspace.pruned(plan, task.start)
+        model, fade = workspace.to_train(plan, task.start, PruningPlan.parse(task.start_plan))
         macs = count_macs(model, workspace.view.input_size)
         teacher = workspace.dense if task.recipe.distillation != "none" else None
         teacher_macs = count_macs(teacher, workspace.view.input_size) if teacher is not None else 0.0
         self._training = Training(
             model, self._train, task.recipe, device=workspace.device, seed=seed, teacher=teacher,
-            workers=task.data.workers,
+            workers=task.data.workers, fade=fade,
         )  # fmt: skip
-        self._evaluation_cost = len(self._val) * macs
+        self._macs = macs
         self._image_cost = TRAINING_FORWARDS * macs + teacher_macs
         self.location = f"{task.checkpoints}/{number:06d}.pt"
         self._record: dict[str, Any] = {
@@ -67,20 +68,21 @@ class Trial:
         if not self.done:
             start = time.perf_counter()
             if self._record["removed_accuracy"] is None:
-                self._record["removed_accuracy"] = self._evaluate()
+                removed = self._workspace.pruned(self._plan, self._task.start)
+                macs = count_macs(removed, self._workspace.view.input_size)
+                self._record["removed_accuracy"] = self._evaluate(removed, macs)
             epoch = self._training.run_epoch()
             self._record["cost"] += epoch.images * self._image_cost
-            self._record["accuracies"].append(self._evaluate())
+            self._record["accuracies"].append(self._evaluate(self._training.result, self._macs))
             self._record["seconds"] += time.perf_counter() - start
             self.save()
         return {**self._record, "accuracies": list(self._record["accuracies"]), "epoch": self._training.epochs_done}
 
-    def _evaluate(self) -> float:
-        self._record["cost"] += self._evaluation_cost
+    def _evaluate(self, model: torch.nn.Module, macs: float) -> float:
+        self._record["cost"] += len(self._val) * macs
         right = evaluate(
-            self._training.result, self._val, self._workspace.device, amp=self._task.recipe.amp,
-            workers=self._task.data.workers,
-        )  # fmt: skip
+            model, self._val, self._workspace.device, amp=self._task.recipe.amp, workers=self._task.data.workers
+        )
         return float(right.mean())
 
     def write_weights(self, location: str) -> None:
@@ -88,7 +90,7 @@ class Trial:
 
         The removed units have those of the dense model, as that trial does without them.
         """
-        own = {name: tensor.cpu() for name, tensor in self._training.result.state_dict().items()}
+        own = self._workspace.weights(self._training.result, self._plan)
         dense = self._workspace.dense.state_dict()
         whole = {name: own.get(name, tensor).contiguous() for name, tensor in dense.items()}
         write_bytes(location, safetensors.torch.save(whole))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import cast
 
 import safetensors.torch
@@ -21,6 +22,10 @@ from trainables.locations import read_bytes
 from trainables.splits import Indices
 from trainables.tables import BadData
 from trainables.tasks import Task
+
+Fade = Callable[[torch.nn.Module, float], None]
+"""Takes a model and what is to be left of its fading attentions, from 1 down to 0."""
+DENSE = PruningPlan()
 
 
 @dataclass
@@ -59,8 +64,34 @@ class Workspace:
         model = copy.deepcopy(self.dense)
         if start:
             model.load_state_dict(safetensors.torch.load(read_bytes(start)))
-        pruned: torch.nn.Module = family_of(model).remove(model, plan)
+        pruned: torch.nn.Module = family_of(model).remove(model, plan, self.task.attention)
         return pruned
+
+    def to_train(
+        self, plan: PruningPlan, start: str = "", start_plan: PruningPlan = DENSE
+    ) -> tuple[torch.nn.Module, Fade | None]:
+        """Return the model that a training of a plan begins with, and what lets attentions fade out of it.
+
+        Where removed attentions leave `double`, those that `start_plan` has not fade; else the model is as `pruned`
+        returns it, and nothing fades.
+
+        Args:
+            plan: what is removed.
+            start: as in `pruned`.
+            start_plan: what the weights of `start` were trained without already.
+        """
+        fading = PruningPlan(tuple(set(plan.attn) - set(start_plan.attn)))
+        if self.task.attention != "double" or not fading.attn:
+            return self.pruned(plan, start), None
+        model = self.pruned(PruningPlan.of(set(plan.units) - set(fading.units)), start)
+        fade = partial(family_of(model).fade, plan=fading)
+        fade(model, left=1.0)
+        return model, fade
+
+    def weights(self, trained: torch.nn.Module, plan: PruningPlan) -> dict[str, torch.Tensor]:
+        """Return the weights of a trained model that are in one without the plan's units, on the CPU."""
+        own = trained.state_dict()
+        return {name: own[name].contiguous().cpu() for name in self.pruned(plan).state_dict()}
 
     def images(self, split: str, limit: int = 0, *, may_read_test: bool = False) -> ImageSet:
         """Return a split's images, or a fixed class-balanced subset of `limit` of them.

@@ -12,19 +12,22 @@ counted as one, its two linear layers as two, and as half once they are merged.
 
 import argparse
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import optuna
 from scipy.stats import kendalltau
 
-from dpt_search.compare import POINT, Judge, compare
-from dpt_search.compare_report import TARGETS, default_budgets
+from dpt_search.compare import POINT, Judge
+from dpt_search.compare_report import TARGETS, budgets_of
 from dpt_search.curves import Curve, mean_curve
 from dpt_search.parquet import from_bytes
 from dpt_search.probe_seeds import ProbeSeeds, read_probes
+from dpt_search.replays import compare
 from dpt_search.surface_table import SurfaceTable, read_rows, read_table
-from search_spaces.budgets import Budget
+from search_spaces.goals import Goal
 from search_spaces.plan import PruningPlan, Unit
 from search_spaces.ratios import Cell
 
@@ -49,7 +52,7 @@ def main() -> None:
 
 
 def worth(table: SurfaceTable, location: str, place: str, seeds: int, max_trials: int) -> dict:
-    probes, budgets = read_probes(place), default_budgets(table.space)
+    probes, budgets = read_probes(place), budgets_of("", table.space)
     assert probes is not None, f"{place} does not exist"
     epochs = json.loads(from_bytes(Path(place).read_bytes()).schema.metadata[b"probes"])["recipe"]["epochs"]
     said = Judge(table, budgets, 0, probes).probe
@@ -59,7 +62,8 @@ def worth(table: SurfaceTable, location: str, place: str, seeds: int, max_trials
         "epochs": epochs, "training": said.training, "evaluation": sum(said.costs[cell] for cell in cells),
         "cells": len(cells), **taus(table, probes, budgets), "shared_prefixes_save": saved(location, cells),
     }  # fmt: skip
-    traces = compare(table, ["map"], budgets, seeds=seeds, workers=1, max_trials=max_trials, probes=probes)["map"]
+    told = {"seeds": seeds, "workers": 1, "max_trials": max_trials, "processes": os.cpu_count() or 1}
+    traces = compare(table, ["map"], budgets, probes=probes, **told)["map"]
     found |= decided(mean_curve("map", traces, np.arange(0.5, max_trials, 0.5)))
     print(f"{Path(place).name}: " + ", ".join(f"{name} {_shown(value)}" for name, value in found.items()), flush=True)
     return found
@@ -69,10 +73,10 @@ def _shown(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def taus(table: SurfaceTable, probes: ProbeSeeds, budgets: list[Budget]) -> dict[str, float]:
+def taus(table: SurfaceTable, probes: ProbeSeeds, budgets: Sequence[Goal]) -> dict[str, float]:
     truth = dict(zip(table.cells, np.nanmean(table.accuracies, axis=1), strict=True))
     both = [i for i, cell in enumerate(probes.cells) if cell in truth]
-    lines = [[i for i in both if probes.cells[i].total == budget.units] for budget in budgets]
+    lines = [[i for i in both if probes.cells[i] in budget.cells] for budget in budgets]
 
     def tau(some: list[int]) -> list[float]:
         means = [truth[probes.cells[i]] for i in some]

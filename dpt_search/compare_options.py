@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -42,7 +43,7 @@ def _parser() -> Parser:
     parser.add_argument("--budget", default="", help=budget)
     concurrent = "Trials at a time (default: 1, or the run's own with --live); several, 1,2,4, are compared in replays."
     parser.add_argument("--workers", default="", help=concurrent)
-    seeds = "Replays of every strategy (default: 30), or searches of every sampler with --live (default: 2)."
+    seeds = "Replays of every strategy (default: 30; of gp at most 30), or searches of each with --live (default: 2)."
     parser.add_argument("--seeds", type=int, default=None, help=seeds)
     parser.add_argument("--max_trials", type=int, default=None, help="Trials of every replay (default: 60).")
     parser.add_argument("--each", action="store_true", help="Replays decide one budget after another, each on its own.")
@@ -52,6 +53,8 @@ def _parser() -> Parser:
     judges = "With --live: trials that judge each chosen cell where the run has no table (default: 2)."
     parser.add_argument("--judge_seeds", type=int, default=None, help=judges)
     parser.add_argument("--probe_epochs", type=int, default=None, help="With --live: of the probe; 0 leaves it out.")
+    processes = "Replays at a time, on a core each (default: as many as there are cores)."
+    parser.add_argument("--processes", type=int, default=None, help=processes)
     out = "Folder for a page, and CSV and plot of every table; empty: none, or RUN/live, which has the searches too."
     parser.add_argument("--out", default="", help=out)
     return parser
@@ -65,7 +68,9 @@ def _check_kind(given: Any) -> None:
         )
     # Left out is None, no flag, or empty text; a number is never left out.
     left = (None, "")
-    replays = [name for name in ("max_trials", "prior") if getattr(given, name) not in left] + ["each"] * given.each
+    replays = [name for name in ("max_trials", "prior", "processes") if getattr(given, name) not in left] + [
+        "each"
+    ] * given.each
     searches = [name for name in ("max_cost", "judge_seeds", "probe_epochs") if getattr(given, name) not in left]
     for name in replays if given.live else searches:
         flag, kind = name.replace("_", "-"), "replays" if given.live else "--live"
@@ -76,7 +81,8 @@ def _replayed(given: Any, names: list[str], workers: list[int]) -> Iterator[str]
     from dpt_search.compare_report import Request, run_comparison
 
     seeds, most = 30 if given.seeds is None else given.seeds, 60 if given.max_trials is None else given.max_trials
-    told = (given.budget, workers or [1], seeds, most, given.each, given.prior, given.out)
+    processes = (os.cpu_count() or 1) if given.processes is None else given.processes
+    told = (given.budget, workers or [1], seeds, most, given.each, given.prior, given.out, processes)
     yield from run_comparison(Request(given.tables, names, *told))
 
 

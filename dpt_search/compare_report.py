@@ -13,7 +13,7 @@ import numpy as np
 import optuna
 
 from dpt_search.blend import Blend
-from dpt_search.compare import POINT, compare
+from dpt_search.compare import POINT
 from dpt_search.config import BadConfig
 from dpt_search.curves import Curve, mean_curve
 from dpt_search.hints import resampled
@@ -21,6 +21,7 @@ from dpt_search.map_predictor import Array
 from dpt_search.map_sampler import ratios
 from dpt_search.posterior import Data
 from dpt_search.probe_seeds import read_probes
+from dpt_search.replays import compare
 from dpt_search.strategies import INHERITED, STRATEGIES
 from dpt_search.summary import text_table
 from dpt_search.surface_table import SurfaceTable, read_table
@@ -57,6 +58,7 @@ class Request:
         each: one budget after another, each on its own.
         prior: table of an earlier run, for the strategies that take one; empty for none.
         out: folder for CSV, plots and page; empty for none.
+        processes: replays at a time, on a core each.
     """
 
     tables: Sequence[str]
@@ -68,6 +70,7 @@ class Request:
     each: bool
     prior: str
     out: str
+    processes: int = 1
 
     def check(self) -> None:
         """Refuse what cannot be compared.
@@ -78,8 +81,8 @@ class Request:
         unknown = sorted(set(self.names) - set(STRATEGIES))
         if unknown:
             raise BadConfig(f"no strategy {unknown[0]!r}: use some of {', '.join(STRATEGIES)}")
-        if min(*self.workers, self.seeds, self.max_trials) < 1:
-            raise BadConfig("--workers, --seeds and --max-trials must be at least 1")
+        if min(*self.workers, self.seeds, self.max_trials, self.processes) < 1:
+            raise BadConfig("--workers, --seeds, --max-trials and --processes must be at least 1")
 
 
 def run_comparison(request: Request) -> Iterator[str]:
@@ -132,7 +135,7 @@ def _curves(
     found = compare(
         table, names, budgets, seeds=request.seeds, workers=workers, max_trials=request.max_trials,
         each=request.each, probes=read_probes(beside(location, "probes")), prior=_prior(request.prior, table.space),
-        walks=walks,
+        walks=walks, processes=request.processes,
     )  # fmt: skip
     grid = np.arange(_STEP, request.max_trials + _STEP, _STEP)
     # Many workers are done early: time is told in quarters.
@@ -173,7 +176,7 @@ def budgets_of(text: str, space: RatioSpace) -> tuple[Goal, ...]:
 def comparison_table(curves: Sequence[Curve]) -> str:
     """Return one line per strategy, the cheapest to the last target first; cost is in trials of the dense model.
 
-    The last columns but one are differences to the first strategy, taken seed by seed.
+    The columns `behind` are differences to the first strategy, taken seed by seed.
     """
     first, last = curves[0], len(curves[0].cost) - 1
     shown = sorted({int(np.argmin(np.abs(first.cost - cost))) for cost in (5, 10, 20, 40)})
@@ -182,6 +185,7 @@ def comparison_table(curves: Sequence[Curve]) -> str:
     targets = TARGETS if last else ()
     header = (
         "strategy",
+        "replays",
         *(f"to {target} points" for target in targets),
         *(f"regret at {first.cost[i]:g}" for i in shown),
         *(f"behind {first.name} at {first.cost[i]:g}" for i in told),
@@ -194,7 +198,9 @@ def comparison_table(curves: Sequence[Curve]) -> str:
         regrets = (_points(curve.mean[i], curve.low[i], curve.high[i]) for i in shown)
         behind = ("" if curve is first else _points(*curve.behind(first, i)) for i in told)
         tau = f"{curve.tau:.2f}" if np.isfinite(curve.tau) else ""
-        rows.append((curve.name, *costs, *regrets, *behind, f"{curve.hit_rate[last]:.0%}", tau))
+        rows.append(
+            (curve.name, str(len(curve.replays)), *costs, *regrets, *behind, f"{curve.hit_rate[last]:.0%}", tau)
+        )
     return text_table(header, rows)
 
 

@@ -47,9 +47,11 @@ class Curve:
     def behind(self, other: Curve, at: int) -> tuple[float, float, float]:
         """Return how much more regret than another strategy this one has at a grid point, and its 95 % interval.
 
-        Replays of one seed observe and judge by the same trials, so differences are taken seed by seed.
+        Replays of one seed observe and judge by the same trials, so differences are taken seed by seed, as
+        far as both have them.
         """
-        differences = self.replays[:, at] - other.replays[:, at]
+        both = min(len(self.replays), len(other.replays))
+        differences = self.replays[:both, at] - other.replays[:both, at]
         error = float(_error(differences[:, None])[0])
         mean = float(differences.mean())
         return mean, mean - error, mean + error

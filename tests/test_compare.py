@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from dpt_search.compare import POINT, Judge, compare, dealt, replay, table_noise
+from dpt_search.compare import POINT, Judge, dealt, replay, table_noise
 from dpt_search.curves import mean_curve
 from dpt_search.map_sampler import published_walks
 from dpt_search.probe_seeds import ProbeSeeds
+from dpt_search.replays import compare
 from dpt_search.strategies import STRATEGIES
 from dpt_search.surface_table import SurfaceTable
 from dpt_search.walk_table import WalkTrial
@@ -215,6 +216,27 @@ def test_one_budget_at_a_time_is_one_replay_a_budget():
     assert [len(group) for group in found] == [2, 2]
     assert all(trace.regret.shape[1] == 1 for group in found for trace in group)
     assert all((trace.cost <= 4).all() for group in found for trace in group)
+
+
+def test_replays_in_processes_of_their_own_are_the_same():
+    alone, beside = (
+        compare(TABLE, ["map/no-probe", "tpe/lines"], BUDGETS, seeds=2, workers=2, max_trials=5, processes=processes)
+        for processes in (1, 2)
+    )
+    assert alone.keys() == beside.keys()
+    for name, groups in alone.items():
+        for group, other in zip(groups, beside[name], strict=True):
+            assert [trace.regret.tolist() for trace in group] == [trace.regret.tolist() for trace in other]
+
+
+def test_slow_samplers_have_fewer_replays_and_are_compared_seed_by_seed_with_the_others(monkeypatch):
+    monkeypatch.setattr("dpt_search.replays.SLOW_SEEDS", 2)
+    found = compare(TABLE, ["grid/square", "gp/square"], BUDGETS, seeds=4, workers=1, max_trials=3)
+    assert {name: len(groups) for name, groups in found.items()} == {"grid/square": 4, "gp/square": 2}
+    grid, gp = (mean_curve(name, groups, np.array([3.0])) for name, groups in found.items())
+    mean, low, high = gp.behind(grid, 0)
+    assert mean == pytest.approx(np.mean(gp.replays[:, 0] - grid.replays[:2, 0]))
+    assert low <= mean <= high
 
 
 def test_the_surface_believed_in_is_judged_by_its_order_on_the_lines():

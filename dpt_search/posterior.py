@@ -49,7 +49,7 @@ _WIDTH = {
     "cliff_attn": 1.0, "cliff_act": 1.0, "noise": 0.5,
 }  # fmt: skip
 """Priors are log-normal: their medians are the defaults, and these the sd of the logarithms."""
-_HINTED = {"slope": 0.05, "single": 0.02, "joint": 0.007, "cliff_attn": 0.003, "cliff_act": 0.003}
+_HINTED = {"slope": 0.02, "single": 0.01, "joint": 0.007, "cliff_attn": 0.003, "cliff_act": 0.003}
 """Medians where there are hints: what these leave to explain is smaller, and cliffs are in them."""
 
 

@@ -61,10 +61,10 @@ def tradeoff(figure: Figure, told: Tradeoff) -> None:
             weight="bold" if is_chosen else "normal",
         )  # fmt: skip
     _marks(axes, told)
-    _front(axes, told.front)
     _trial_dots(axes, told.trials)
+    _front(axes, told.front)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    axes.legend(handles.values(), handles, loc="lower left")
+    axes.legend(handles.values(), handles, loc="best")
 
 
 def _marks(axes: Any, told: Tradeoff) -> None:
@@ -84,13 +84,17 @@ def _front(axes: Any, front: Sequence[Answer]) -> None:
     """Draw the front and its band, as far as there is something to see: its steep end would squeeze the rest."""
     if not front:
         return
-    low, high = axes.get_ylim() if axes.has_data() else (0.0, 100.0)
-    shown = [each for each in front if 100 * each.mean > low - 0.5 * (high - low)] or list(front)
-    x = [each.gain for each in shown]
+    (low, high), (left, right) = axes.get_ylim(), axes.get_xlim()
+    is_alone = not axes.has_data()
+    if not is_alone:
+        front = [each for each in front if 100 * each.mean > low - 0.5 * (high - low)] or front
+    x = [each.gain for each in front]
     label = "front, all budgets, with 95 % interval"
-    axes.plot(x, [100 * each.mean for each in shown], color="C0", linewidth=1.4, alpha=0.7, label=label, zorder=1.5)
-    ends = ([100 * each.low for each in shown], [100 * each.high for each in shown])
+    axes.plot(x, [100 * each.mean for each in front], color="C0", linewidth=1.4, alpha=0.7, label=label, zorder=1.5)
+    ends = ([100 * each.low for each in front], [100 * each.high for each in front])
     axes.fill_between(x, *ends, color="C0", alpha=0.14, linewidth=0, zorder=1)
+    if not is_alone:
+        axes.set_xlim(left, min(axes.get_xlim()[1], right + (right - left)))
 
 
 def _trial_dots(axes: Any, trials: Sequence[tuple[float, float]]) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from driver import dpt_search, embedded_part
+from filelock import FileLock
 from PIL import Image
 
 from dpt_search.allowance import Prices
@@ -42,6 +45,11 @@ hypothesis.settings.load_profile("dpt-search")
 CLASSES = 3
 SIDE = 28
 IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, or one of several processes would end long after the others."""
+    items.sort(key=lambda item: not item.path.stem.startswith("test_end_to_end"))
 
 
 def tiny_image(label: int, rng: np.random.Generator) -> Image.Image:
@@ -150,3 +158,41 @@ def tiny_prices(run: Run) -> Prices:
     costs = read_costs(run.store)
     assert costs is not None
     return Prices(costs, read_ranking(run), run.config.trial, run.config.attention, TINY_IMAGES)
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """Return a folder that all processes that test share, made by the first of them that wants it."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "made").exists():
+            folder.mkdir(exist_ok=True)
+            make(folder)
+            (folder / "made").touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration of a short run on a small part of the embedded images."""
+
+    def make(folder: Path) -> None:
+        embedded_part(
+            folder, {"train": 640, "probe": 100, "val": 300, "test": 300}, data={"subset": 320}, max_trials=4,
+            max_concurrent=1, timing_seconds=1.0, rank_batches=2, probe_epochs=1,
+            trial={"epochs": 2, "batch_size": 32}, finetune={"epochs": 4, "batch_size": 32},
+        )  # fmt: skip
+
+    return made_once(tmp_path_factory, "small", make) / "run.yaml"
+
+
+@pytest.fixture(scope="session")
+def finished(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of `small`, never written to, and beside it `printed.txt`."""
+
+    def make(folder: Path) -> None:
+        done = dpt_search("run", "--config", small, "--run-dir", folder / "run")
+        assert done.returncode == 0, done.stdout + done.stderr
+        (folder / "printed.txt").write_text(done.stdout)
+
+    return made_once(tmp_path_factory, "finished", make) / "run"

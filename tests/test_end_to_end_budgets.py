@@ -1,20 +1,10 @@
 """A speed as the budget, on real Ray: it is met as measured, or refused before anything is trained."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import yaml
-
-from trainables.locations import resolve
-
-EMBEDDED = Path(resolve("package:dpt_search/embedded/fashion_mnist")[1])
-SIZES = {"train": 320, "probe": 50, "val": 100, "test": 100}
+from driver import dpt_search, embedded_part
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -22,25 +12,12 @@ pytestmark = pytest.mark.timeout(900)
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A configuration of a very short run on a few of the embedded images."""
-    folder = tmp_path_factory.mktemp("quick")
-    for split, size in SIZES.items():
-        table = pq.read_table(EMBEDDED / f"{split}.parquet")
-        labels = table["label"].to_numpy()
-        chosen = np.concatenate([np.flatnonzero(labels == k)[: size // 10] for k in range(10)])
-        pq.write_table(table.take(pa.array(np.sort(chosen))), folder / f"{split}.parquet")
-    config = yaml.safe_load((EMBEDDED / "run.yaml").read_text())
-    config["data"] |= {"path": str(folder), "subset": 160, "cache_dir": str(folder / "cache")}
-    config |= {"max_trials": 2, "max_concurrent": 1, "timing_seconds": 2.0, "rank_batches": 1, "probe_epochs": 0}
-    config |= {"finetune_workers": 1, "finetune_budget": "", "timing_batches": [64], "keep": "attn:0"}
-    config["trial"] |= {"epochs": 1, "batch_size": 32}
-    config["finetune"] |= {"epochs": 1, "batch_size": 32}
-    del config["run_dir"]
-    (folder / "run.yaml").write_text(yaml.safe_dump(config))
-    return folder / "run.yaml"
-
-
-def dpt_search(*arguments: object) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, "-m", "dpt_search", *map(str, arguments)], capture_output=True, text=True)
+    return embedded_part(
+        tmp_path_factory.mktemp("quick"), {"train": 320, "probe": 50, "val": 100, "test": 100}, data={"subset": 160},
+        max_trials=2, max_concurrent=1, timing_seconds=2.0, rank_batches=1, probe_epochs=0, finetune_workers=1,
+        finetune_budget="", timing_batches=[64], keep="attn:0", trial={"epochs": 1, "batch_size": 32},
+        finetune={"epochs": 1, "batch_size": 32},
+    )  # fmt: skip
 
 
 def test_a_speed_is_searched_for_measured_and_judged(quick: Path, tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from trainables.workspace import Workspace
 
 FEWEST, MOST = 7, 200
 """Rounds of a measurement that is to take a given time."""
+WARMING, WARM_SECONDS = 2, 5.0
+"""Rounds of warming up; one is enough where it takes so long."""
 FEWEST_TO_JUDGE = 15
 """Rounds by which a plan's speedup is judged, at least."""
 
@@ -60,21 +62,11 @@ def calls_of(models: Sequence[torch.nn.Module], pixels: torch.Tensor) -> list[Ca
     return [partial(model, pixels) for model in models]
 
 
-@torch.inference_mode()
 def interleaved_calls(
     calls: Sequence[Callable[[], object]], device: torch.device, *, repeats: int, amp: bool = True
 ) -> np.ndarray:
     """Time each call in turn, again and again; see `interleaved_seconds`. Returns seconds, shape (repeats, calls)."""
-    seconds = np.empty((repeats + 2, len(calls)))
-    with autocast(device, amp):
-        for row in seconds:
-            for column, call in enumerate(calls):
-                synchronise(device)
-                start = time.perf_counter()
-                call()
-                synchronise(device)
-                row[column] = time.perf_counter() - start
-    return seconds[2:]
+    return calls_within(0.0, calls, device, fewest=repeats, amp=amp)
 
 
 def calls_within(
@@ -84,10 +76,46 @@ def calls_within(
     *,
     fewest: int = FEWEST,
     amp: bool = True,
+    enough: Callable[[np.ndarray], bool] | None = None,
 ) -> np.ndarray:
-    """Time each call in turn for about so long, in `fewest` to `MOST` rounds; see `interleaved_calls`."""
-    one_round = float(np.median(interleaved_calls(calls, device, repeats=3, amp=amp).sum(axis=1)))
-    return interleaved_calls(calls, device, repeats=int(np.clip(seconds / one_round, fewest, MOST)), amp=amp)
+    """Time each call in turn, again and again, until so long has passed.
+
+    Args:
+        seconds: when to stop, warming up counted.
+        calls: what to time.
+        device: what to wait for.
+        fewest: rounds to take whatever their time.
+        amp: mixed precision where the device has it.
+        enough: asked every `fewest` rounds whether seconds (rounds, calls) will do; left out, `MOST` rounds do.
+
+    Returns:
+        Seconds, shape (rounds, calls).
+    """
+    begun, rounds = time.perf_counter(), []
+    with torch.inference_mode(), autocast(device, amp):
+        for _ in range(WARMING):
+            if sum(_one_round(calls, device)) > WARM_SECONDS:
+                break
+        while len(rounds) < fewest or time.perf_counter() - begun < seconds:
+            rounds.append(_one_round(calls, device))
+            if enough is None:
+                if len(rounds) >= max(MOST, fewest):
+                    break
+            elif len(rounds) % fewest == 0 and enough(np.array(rounds)):
+                break
+    return np.array(rounds)
+
+
+def _one_round(calls: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+    """Return the seconds of each call, the device synchronised around it."""
+    seconds = []
+    for call in calls:
+        synchronise(device)
+        start = time.perf_counter()
+        call()
+        synchronise(device)
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 def profile(task: ProfileTask) -> dict[str, Any]:

@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -52,6 +51,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch_device(args.device)
+    settings = {name: value for name, value in vars(args).items() if name != "out"}
     rows, out = [], args.out or result_file("merge_overhead", device)
     for row in overheads(
         args.models.split(","), [cell_of(text) for text in args.cells], [int(b) for b in args.batches.split(",")],
@@ -60,7 +60,7 @@ def main() -> None:
         print(line_of(row), flush=True)
         rows.append(row)
         # After every row: a whole measurement takes an hour on a slow core.
-        write_result(out, device, {"command": " ".join(sys.argv), "goal": GOAL, "rows": rows})
+        write_result(out, device, {"settings": settings, "goal": GOAL, "rows": rows})
     print(f"largest over: {max(row['over'] for row in rows):.3f} (goal: at most {GOAL}); written to {out}")
 
 

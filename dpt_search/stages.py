@@ -121,7 +121,7 @@ def profile(run: Run) -> None:
 
     def work(_: str) -> None:
         task = ProfileTask(**run.task(), batches=tuple(config.batches), seconds=config.timing_seconds)
-        found = run.call("trainables.timing:profile", task)
+        found = run.call("trainables.profiling:profile", task)
         write_costs(run.store, found["device"], found["rows"])
 
     inputs = [identity_of(config), config.batches, config.timing_seconds]

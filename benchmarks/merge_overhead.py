@@ -8,13 +8,15 @@ layers, residual additions and classifiers as the merged model has, each kind in
 weights come from memory as they do in the model. In every round the dense model, the merged one and each kind are timed
 once, one after the other, with the device synchronised around each; `over` is the merged model's time over the sum, the
 median over rounds with its 95 % interval. The goal is at most 1.03. Beside it: the speedup, what the MACs alone would
-give, and with --compiled the speedup of both compiled. float32 on CPUs, weights and images in bfloat16 elsewhere.
+give, and with --compiled the speedup of both compiled. float32 on CPUs, weights and images in bfloat16 elsewhere. With
+one thread on a CPU seconds are CPU time (`trainables.timing.clock_of`).
 """
 
 import argparse
 import json
 import os
 import platform
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,7 +31,7 @@ from search_spaces.plan import PruningPlan, Unit
 from search_spaces.timm_compat import timm
 from trainables.devices import describe, torch_device
 from trainables.intervals import median_interval
-from trainables.timing import FEWEST, calls_within, count_macs, merged_without
+from trainables.timing import FEWEST, calls_within, clock_of, count_macs, merged_without
 from trainables.workspace import versions
 
 MODELS = "deit_small_patch16_224,vit_base_patch16_224"
@@ -191,6 +193,8 @@ def write_result(out: Path, device: torch.device, found: dict[str, Any]) -> None
         "device": describe(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "clock": "CPU time" if clock_of(device) is time.thread_time else "wall",
+        "load": os.getloadavg()[0],
         "cuda": torch.version.cuda,
         "system": platform.platform(),
         **versions(),

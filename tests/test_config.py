@@ -18,9 +18,9 @@ BASE = RunConfig(ModelSettings("vit_tiny_patch16_224"), DataSettings("cifar10"),
 MAY_GROW = {
     "run_dir", "budget", "finetune_budget", "max_trials", "max_hours", "trial_timeout", "max_concurrent",
     "max_failures", "cpus_per_trial", "devices_per_trial", "finetune_workers", "data.cache_dir", "data.workers",
-    "data.root", "timing_batches", "timing_seconds", "sampler", "design", "probe_epochs", "probe_lr", "probe_draw",
-    "probe_sandwich", "probe_cells", "refine", "prior", "max_attn", "max_act", "baseline", "export_formats",
-    *(f"finetune.{f.name}" for f in fields(Recipe)),
+    "data.root", "timing_batches", "timing_seconds", "compiled", "sampler", "design", "probe_epochs", "probe_lr",
+    "probe_draw", "probe_sandwich", "probe_cells", "refine", "prior", "max_attn", "max_act", "baseline",
+    "export_formats", *(f"finetune.{f.name}" for f in fields(Recipe)),
 }  # fmt: skip
 AT_LEAST = {
     "max_trials": 1, "max_failures": 1, "cpus_per_trial": 1, "devices_per_trial": 0.01, "finetune_workers": 1,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from search_spaces import BadInput
+from trainables.devices import torch_device
 
 _VARIANTS = 256
 """Models and batch sizes that one process may compile; torch would silently run what is beyond its limit of 8 as it is,
@@ -40,3 +41,8 @@ def check_compiler(device: torch.device) -> None:
             f"--compiled needs a compiler that torch can use, and there is none: {reason}; install one (g++ for the "
             "CPU, triton for GPUs), or leave --compiled out"
         ) from None
+
+
+def check_compiler_of(device: str) -> None:
+    """Do `check_compiler` for a row of `devices.DEVICES`."""
+    check_compiler(torch_device(device))

@@ -74,8 +74,8 @@ def profile(task: ProfileTask) -> dict[str, Any]:
     models = [merged_without(dense, plan, task.attention).to(device) for plan in plans]
     calls = [compiled(model) if task.compiled else model for model in models]
     savings = [partial(saving, steps=group, columns={plan: i for i, plan in enumerate(plans)}) for group in steps]
-    found: dict[str, Any] = {"rounds": {}, "warnings": [], "compile_seconds": 0.0}
-    seconds_left = task.seconds
+    found: dict[str, Any] = {"rounds": {}, "compile_seconds": 0.0}
+    seconds_left, unsure = task.seconds, list[str]()
     for left, batch in zip(range(len(task.batches), 0, -1), task.batches, strict=True):
         pixels = torch.randn(batch, *size, device=device)
         if task.compiled:
@@ -85,9 +85,9 @@ def profile(task: ProfileTask) -> dict[str, Any]:
         seconds = calls_within(seconds_left / left, calls_of(calls, pixels), device, enough=enough)
         seconds_left = max(0.0, seconds_left - (time.perf_counter() - begun))
         found["rounds"][str(batch)] = len(seconds)
-        found["warnings"] += _record(seconds, batch, whole, groups, savings)
+        unsure += _record(seconds, batch, whole, groups, savings)
     about = {"dtype": DEVICES[device.type].autocast or "float32", "threads": task.threads, "compiled": task.compiled}
-    return {"device": describe(device), **about, **found, "rows": [whole, *rows]}
+    return {"device": describe(device), **about, **found, "warnings": _warnings(unsure), "rows": [whole, *rows]}
 
 
 def saving(seconds: np.ndarray, steps: Sequence[Step], columns: dict[PruningPlan, int]) -> Saving:
@@ -124,18 +124,20 @@ def _steps(groups: list[list[Row]], both_ends: bool) -> list[list[Step]]:
 Measure = Callable[[np.ndarray], Saving]
 
 
-def _is_precise(seconds: np.ndarray, groups: list[list[Row]], savings: list[Measure]) -> bool:
+def _is_precise(seconds: np.ndarray, groups: Sequence[list[Row]], savings: Sequence[Measure]) -> bool:
     return not any(share > PRECISE for share in _noise(seconds, groups, savings))
 
 
-def _noise(seconds: np.ndarray, groups: list[list[Row]], savings: list[Measure]) -> list[float]:
+def _noise(seconds: np.ndarray, groups: Sequence[list[Row]], savings: Sequence[Measure]) -> list[float]:
     """Return how far off by noise the saving of each whole group may be, as a share of the dense model's seconds."""
     dense = float(np.median(seconds[:, 0]))
     return [measure(seconds).noise * len(group) / dense for group, measure in zip(groups, savings, strict=True)]
 
 
-def _record(seconds: np.ndarray, batch: int, whole: Row, groups: list[list[Row]], savings: list[Measure]) -> list[str]:
-    """Write what was measured at a batch size into the rows; return what is not known well enough, a line each."""
+def _record(
+    seconds: np.ndarray, batch: int, whole: Row, groups: Sequence[list[Row]], savings: Sequence[Measure]
+) -> list[str]:
+    """Write what was measured at a batch size into the rows; return what is not known well enough."""
     median, low, high = median_interval(list(seconds[:, 0]))
     whole |= {f"seconds_{batch}": median, f"spread_{batch}": (high - low) / 2}
     for group, measure in zip(groups, savings, strict=True):
@@ -143,10 +145,16 @@ def _record(seconds: np.ndarray, batch: int, whole: Row, groups: list[list[Row]]
         for row in group:
             row |= {f"seconds_{batch}": found.seconds, f"spread_{batch}": found.noise + found.apart}
     return [
-        f"batch {batch}: what {len(group)} {group[0]['kind']} save is known to {share:.1%} of the dense model's time "
-        f"only (wanted: {PRECISE:.0%}); a quieter machine or a larger --timing-seconds helps"
+        f"{len(group)} {group[0]['kind']} at batch {batch} to {share:.1%}"
         for group, share in zip(groups, _noise(seconds, groups, savings), strict=True)
         if share > PRECISE
+    ]
+
+
+def _warnings(unsure: list[str]) -> list[str]:
+    return unsure and [
+        f"what all units of a kind save is not known to {PRECISE:.0%} of the dense model's time: {', '.join(unsure)}; "
+        "a quieter machine or a larger --timing-seconds helps"
     ]
 
 

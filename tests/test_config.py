@@ -296,6 +296,11 @@ def test_a_baseline_needs_no_value_and_stands_anywhere(tmp_path: Path, flags: li
     assert not read_config("export", [str(tmp_path), "--baseline", "false"]).baseline
 
 
+@pytest.mark.parametrize(("flags", "compiled"), [(["--compiled"], True), (["--compiled", "false"], False), ([], False)])
+def test_compiling_is_a_switch(tmp_path: Path, flags: list[str], compiled: bool) -> None:
+    assert read_config("run", ["--run-dir", str(tmp_path), *flags, "--seed", "3"]).compiled is compiled
+
+
 def test_formats_are_written_in_their_own_order_and_others_are_refused() -> None:
     assert replace(BASE, export_formats="onnx, safetensors").formats == ("safetensors", "onnx")
     for text in ("pt2,onnx", "safetensors,tflite", ""):

@@ -39,7 +39,7 @@ def check_compiler(device: torch.device) -> None:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(
             f"--compiled needs a compiler that torch can use, and there is none: {reason}; install one (g++ for the "
-            "CPU, triton for GPUs), or leave --compiled out"
+            "CPU, triton for GPUs), or do without it (of a run: --compiled false)"
         ) from None
 
 

@@ -1,20 +1,22 @@
 """Does a merged model cost more than the sum of its modules timed alone?
 
     python benchmarks/merge_overhead.py [--device cuda] [--models deit_small_patch16_224,vit_base_patch16_224]
-        [--cells 3,3 6,0 0,6 5,5] [--batches 1,64] [--seconds 20] [--compiled] [--out FILE]
+        [--cells 3,3 6,0 0,6 5,5] [--batches 1,64] [--seconds 20] [--fewest 7] [--compiled] [--out FILE]
 
 The modules are timm's own and torch's, built anew: as many patch embeddings, norms, attentions, MLPs, merged linear
 layers, residual additions and classifiers as the merged model has, each kind in a row of distinct modules, so that
 weights come from memory as they do in the model. In every round the dense model, the merged one and each kind are timed
 once, one after the other, with the device synchronised around each; `over` is the merged model's time over the sum, the
 median over rounds with its 95 % interval. The goal is at most 1.03. Beside it: the speedup, what the MACs alone would
-give, and with --compiled the speedup of both compiled. float32 on CPUs, weights and images in bfloat16 elsewhere.
+give, and with --compiled the speedup of both compiled. float32 on CPUs, weights and images in bfloat16 elsewhere. With
+one thread on a CPU seconds are CPU time (`trainables.timing.clock_of`).
 """
 
 import argparse
 import json
 import os
 import platform
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,7 +31,7 @@ from search_spaces.plan import PruningPlan, Unit
 from search_spaces.timm_compat import timm
 from trainables.devices import describe, torch_device
 from trainables.intervals import median_interval
-from trainables.timing import calls_within, count_macs, merged_without
+from trainables.timing import FEWEST, calls_within, clock_of, count_macs, merged_without
 from trainables.workspace import versions
 
 MODELS = "deit_small_patch16_224,vit_base_patch16_224"
@@ -44,21 +46,23 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", default=CELLS, help="attentions,activations removed")
     parser.add_argument("--batches", default="1,64")
     parser.add_argument("--seconds", type=float, default=20.0, help="for each model, cell and batch size")
+    parser.add_argument("--fewest", type=int, default=FEWEST, help="rounds to take though they take longer")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--compiled", action="store_true", help="time dense and merged compiled too")
     parser.add_argument("--out", type=Path, default=None, help="left out: results/merge_overhead-HARDWARE-TORCH.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch_device(args.device)
-    rows = []
+    settings = {name: value for name, value in vars(args).items() if name != "out"}
+    rows, out = [], args.out or result_file("merge_overhead", device)
     for row in overheads(
         args.models.split(","), [cell_of(text) for text in args.cells], [int(b) for b in args.batches.split(",")],
-        device, args.seconds, args.compiled,
+        device, args.seconds, args.fewest, args.compiled,
     ):  # fmt: skip
         print(line_of(row), flush=True)
         rows.append(row)
-    out = args.out or result_file("merge_overhead", device)
-    write_result(out, device, {"goal": GOAL, "rows": rows})
+        # After every row: a whole measurement takes an hour on a slow core.
+        write_result(out, device, {"settings": settings, "goal": GOAL, "rows": rows})
     print(f"largest over: {max(row['over'] for row in rows):.3f} (goal: at most {GOAL}); written to {out}")
 
 
@@ -73,6 +77,7 @@ def overheads(
     batches: list[int],
     device: torch.device,
     seconds: float,
+    fewest: int,
     compiled: bool,
 ) -> Any:
     """Yield one measurement per model, cell and batch size."""
@@ -88,9 +93,9 @@ def overheads(
             for batch in batches:
                 pixels = torch.randn(batch, *size, device=device, dtype=dtype)
                 row = {"model": name, "cell": list(cell), "batch": batch, "dtype": str(dtype).removeprefix("torch.")}
-                row |= {**measured(pair, modules, pixels, seconds), "macs_ratio": macs}
+                row |= {**measured(pair, modules, pixels, seconds, fewest), "macs_ratio": macs}
                 if compiled:
-                    row["speedup_compiled"] = compiled_speedup(pair, pixels, seconds)
+                    row["speedup_compiled"] = compiled_speedup(pair, pixels, seconds, fewest)
                 yield row
 
 
@@ -143,10 +148,12 @@ def additions(tokens: torch.Tensor, count: int) -> None:
         total = total + tokens
 
 
-def measured(pair: list[nn.Module], modules: dict[str, Make], pixels: torch.Tensor, seconds: float) -> dict[str, Any]:
+def measured(
+    pair: list[nn.Module], modules: dict[str, Make], pixels: torch.Tensor, seconds: float, fewest: int
+) -> dict[str, Any]:
     """Time dense, merged and the kinds of modules in turn."""
     calls = [*(partial(model, pixels) for model in pair), *(make(pixels) for make in modules.values())]
-    found = calls_within(seconds, calls, pixels.device, amp=False)
+    found = calls_within(seconds, calls, pixels.device, fewest=fewest, amp=False)
     over = median_interval(list(found[:, 1] / found[:, 2:].sum(axis=1)))
     speedup = median_interval(list(found[:, 0] / found[:, 1]))
     names = ("dense", "merged", *modules)
@@ -158,10 +165,10 @@ def measured(pair: list[nn.Module], modules: dict[str, Make], pixels: torch.Tens
     }
 
 
-def compiled_speedup(pair: list[nn.Module], pixels: torch.Tensor, seconds: float) -> float:
+def compiled_speedup(pair: list[nn.Module], pixels: torch.Tensor, seconds: float, fewest: int) -> float:
     torch.compiler.reset()
     calls = [partial(torch.compile(model, dynamic=False), pixels) for model in pair]
-    found = calls_within(seconds, calls, pixels.device, amp=False)
+    found = calls_within(seconds, calls, pixels.device, fewest=fewest, amp=False)
     return median_interval(list(found[:, 0] / found[:, 1]))[0]
 
 
@@ -186,6 +193,8 @@ def write_result(out: Path, device: torch.device, found: dict[str, Any]) -> None
         "device": describe(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "clock": "CPU time" if clock_of(device) is time.thread_time else "wall",
+        "load": os.getloadavg()[0],
         "cuda": torch.version.cuda,
         "system": platform.platform(),
         **versions(),

@@ -67,7 +67,9 @@ class RunConfig:
     timing_batches: list[int] = field(default_factory=lambda: [1, 64])
     """Batch sizes at which speed is measured."""
     timing_seconds: float = 10.0
-    """Time the profile takes for its measurements."""
+    """Time the profile takes for its measurements, at most."""
+    compiled: bool = False
+    """Measure speed, here, near limits and at the end, of models as torch.compile makes them; needs a compiler."""
     sampler: Literal["map", "tpe", "gp", "cmaes", "qmc", "random", "grid"] = "map"
     """Who proposes trials: map is this product's own, the others are Optuna's."""
     probe_epochs: int = 2
@@ -149,7 +151,7 @@ class RunConfig:
 _GROWING = (
     "run_dir", "budget", "finetune_budget", "max_trials", "max_hours", "trial_timeout", "max_concurrent",
     "max_failures", "cpus_per_trial", "devices_per_trial", "finetune.", "finetune_workers", "data.cache_dir",
-    "data.workers", "data.root", "timing_batches", "timing_seconds", "sampler", "design", "probe_",
+    "data.workers", "data.root", "timing_batches", "timing_seconds", "compiled", "sampler", "design", "probe_",
     "refine", "prior", "max_attn", "max_act", "baseline", "export_formats",
 )  # fmt: skip
 """Fields, or groups of them, that a later start may change."""

@@ -103,6 +103,11 @@ def measure(run: Run, plans: Collection[PruningPlan]) -> None:
     told = sorted(map(str, plans))
     what = "1 plan that is" if len(told) == 1 else f"{len(told)} plans that are"
     run.say(f"measuring {what} too close to the limit of a budget to rely on the prediction")
-    task = TimingTask(**run.task(), plans=tuple(told), batches=tuple(config.batches), seconds=config.timing_seconds)
+    costs = read_costs(run.store)
+    # Compared with the profile's predictions, so measured as it was.
+    compiled = costs is not None and costs.compiled
+    task = TimingTask(
+        **run.task(), batches=tuple(config.batches), seconds=config.timing_seconds, compiled=compiled, plans=tuple(told)
+    )
     found = run.call("trainables.timing:time_plans", task)
     run.store.write_json(NAME, {**(run.store.read_json(NAME) or {}), **found})

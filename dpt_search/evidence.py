@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dpt_search.costs_table import read_costs
+from dpt_search.costs_table import read_costs, read_warnings
 from dpt_search.decisions import cell_costs
 from dpt_search.observed import ended, surface_trials
 from dpt_search.store import BadRun, Finished, RunStore, TrialLog
@@ -31,6 +31,7 @@ class Found:
     baseline: dict[str, Any] | None
     export: dict[str, Any] | None
     cell_costs: CellCosts | None
+    unsure_costs: list[str]
     stages: list[dict[str, Any]]
 
     @property
@@ -86,13 +87,14 @@ def read_run(store: RunStore) -> Found:
         baseline=store.read_json("baseline/baseline.json"),
         export=store.read_json("export/summary.json"),
         cell_costs=cell_costs(store),
+        unsure_costs=read_warnings(store),
         stages=sorted(stamps, key=lambda stamp: stamp["finished_at"]),
     )
 
 
 def warnings(found: Found) -> list[str]:
     """Return what a reader must know before believing the numbers."""
-    lines = list(found.dense["warnings"]) if found.dense else []
+    lines = [*(found.dense["warnings"] if found.dense else []), *found.unsure_costs]
     failed = sum(record.status == "failed" for record in found.log.finished.values())
     if failed:
         lines.append(f"{failed} of {len(found.log.finished)} trials failed; the table of trials says why")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from dpt_search.costs_table import read_costs
 from dpt_search.run import Run, digest_of, identity_of
 from dpt_search.store import BadRun
 from dpt_search.training import clear, train
@@ -55,6 +56,9 @@ def export(run: Run) -> None:
     if found is None:
         raise BadRun(f"nothing fine-tuned in {run.store.location!r} yet: run `dpt-search finetune` on it first")
     formats, (weights, digest) = run.config.formats, _baseline_weights(run)
+    costs = read_costs(run.store)
+    # The budget was met by the profile's models: its verdict is by the same.
+    compiled = costs is not None and costs.compiled
 
     def work(_: str) -> None:
         # What an earlier export left is of another model, or not asked for any more.
@@ -68,6 +72,7 @@ def export(run: Run) -> None:
             batches=tuple(run.config.batches),
             formats=formats,
             baseline=weights,
+            compiled=compiled,
         )
         summary = run.call("trainables.export:export", task)
         told = verdict(found["budget"], summary)
@@ -75,5 +80,5 @@ def export(run: Run) -> None:
         run.say(told["text"])
         run.say(f"merged and unmerged logits differ by {summary['largest_logit_difference']:.1e} of the largest")
 
-    inputs = [found["inputs"], found["plan"], run.config.batches, formats, digest]
+    inputs = [found["inputs"], found["plan"], run.config.batches, formats, digest, *(["compiled"] if compiled else [])]
     run.stage("export", inputs, "export/summary.json", work)

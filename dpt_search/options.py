@@ -17,6 +17,8 @@ EMBEDDED = "package:dpt_search/embedded/fashion_mnist/run.yaml"
 """The configuration of a run that names no model, no data and no --config."""
 
 _SHORT = {"adapt_epochs": "adapt.epochs", "finetune_epochs": "finetune.epochs", "trial_epochs": "trial.epochs"}
+_SWITCHES = ("--baseline", "--compiled")
+"""Flags that mean yes where no value follows."""
 _BOOLEANS = ("true", "false", "yes", "no", "on", "off")
 _RECIPES = ("adapt", "trial", "finetune")
 _SHOWN = ("epochs", "batch_size", "lr")
@@ -135,10 +137,10 @@ def _with_underscores(argument: str) -> str:
 
 
 def _with_values(argv: list[str]) -> list[str]:
-    """Write `--baseline` as `--baseline=true` where no value follows."""
+    """Write `--baseline` as `--baseline=true` where no value follows, and the other switches of `_SWITCHES` too."""
     follows = [*argv[1:], ""][: len(argv)]
     return [
-        f"{argument}=true" if argument == "--baseline" and value.lower() not in _BOOLEANS else argument
+        f"{argument}=true" if argument in _SWITCHES and value.lower() not in _BOOLEANS else argument
         for argument, value in zip(argv, follows, strict=True)
     ]
 

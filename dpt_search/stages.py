@@ -12,11 +12,13 @@ from dataclasses import asdict
 from typing import Any
 
 from dpt_search.config import BadConfig, RunConfig
-from dpt_search.costs_table import read_costs, write_costs
+from dpt_search.costs_table import read_costs, told, write_costs
+from dpt_search.decisions import NAME as MEASURED
 from dpt_search.decisions import check_units, goals_of
 from dpt_search.export_stages import baseline, export
 from dpt_search.hints import prior_surface
 from dpt_search.probe_stage import probe
+from dpt_search.progress import duration
 from dpt_search.refine import refine
 from dpt_search.run import Run, base_task, digest_of, identity_of, read_ranking
 from dpt_search.search_stages import chosen_row, recommend_stage, search
@@ -32,6 +34,9 @@ def dense(run: Run) -> None:
 
     def work(digest: str) -> None:
         config = run.config
+        if config.compiled:
+            # Before anything is trained.
+            run.call("trainables.compiling:check_compiler_of", config.device)
         before = run.task() | {"model": config.model}
         units = _removable(config, run.call("trainables.dense_check:check_model", type(base_task(run))(**before)))
         check_units(config, RatioSpace(len(units["attn"]), len(units["act"])))
@@ -42,13 +47,13 @@ def dense(run: Run) -> None:
         warnings = _limits(config, found.pop("carved"))
         for warning in warnings:
             run.say(f"warning: {warning}")
-        told = {
+        record = {
             "adapted_epochs": config.adapt.epochs,
             "units": units,
             "warnings": warnings,
             "content": _content(config),
         }
-        run.store.write_json("dense/dense.json", {**found, **told})
+        run.store.write_json("dense/dense.json", {**found, **record})
 
     _check_content(run)
     for location in run.config.prior:
@@ -120,15 +125,26 @@ def profile(run: Run) -> None:
         return
 
     def work(_: str) -> None:
-        task = ProfileTask(**run.task(), batches=tuple(config.batches), seconds=config.timing_seconds)
-        found = run.call("trainables.timing:profile", task)
-        write_costs(run.store, found["device"], found["rows"])
+        task = ProfileTask(
+            **run.task(), batches=tuple(config.batches), seconds=config.timing_seconds, compiled=config.compiled
+        )
+        found = run.call("trainables.profiling:profile", task)
+        rows = found.pop("rows")
+        # Plans that were timed beside an earlier profile may have been timed in another way.
+        run.store.delete(MEASURED)
+        write_costs(run.store, found.pop("device"), rows, found)
+        if config.compiled:
+            run.say(f"compiling took {duration(found['compile_seconds'])}")
+        for warning in found["warnings"]:
+            run.say(f"warning: {warning}")
 
-    inputs = [identity_of(config), config.batches, config.timing_seconds]
+    # Runs of versions that could not compile stay as they are.
+    inputs = [identity_of(config), config.batches, config.timing_seconds, *(["compiled"] if config.compiled else [])]
     if run.stage("profile", inputs, "costs.parquet", work):
         costs = read_costs(run.store)
         assert costs is not None
-        run.say(f"dense model: {costs.dense.macs / 1e6:.4g} M MACs, {costs.dense.params / 1e6:.3g} M parameters")
+        for line in told(costs):
+            run.say(line)
 
 
 def rank(run: Run) -> None:

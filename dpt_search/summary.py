@@ -61,7 +61,8 @@ def result_table(store: RunStore) -> str:
         # Only its accuracy is another than the dense model's.
         header.insert(2, "dense, same training")
         rows = [(name, before, "" if n else _accuracy(baseline), *rest) for n, (name, before, *rest) in enumerate(rows)]
-    title = f"{summary['budget']}: {summary['plan']}  ({dense['images']} test images, {summary['device']})"
+    how = ", speed of compiled models" if summary.get("compiled") else ""
+    title = f"{summary['budget']}: {summary['plan']}  ({dense['images']} test images, {summary['device']}{how})"
     formats = f"\n\n{_format_table(summary)}" if "formats" in summary else ""
     # Exports of earlier versions have no verdict.
     told = f"\n\n{summary['verdict']['text']}" if "verdict" in summary else ""

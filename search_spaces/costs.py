@@ -37,14 +37,16 @@ class UnitCosts:
         dense: cost of the model as built.
         saved: what each removable unit saves.
         device: name of the hardware on which the seconds were measured.
-        spreads: of what each unit saves, in seconds by batch size (interquartile range over repeats); none where they
-            are not known.
+        spreads: how far off what each unit saves may be, in seconds by batch size, by noise (a 95 % interval's half
+            width) and by what else is gone; none where they are not known.
+        compiled: whether the seconds are those of models as torch compiles them.
     """
 
     dense: Cost
     saved: Mapping[Unit, Cost]
     device: str
     spreads: Mapping[Unit, Mapping[int, float]] = field(default_factory=dict)
+    compiled: bool = False
 
     def of(self, plan: PruningPlan) -> Cost:
         """Return the predicted cost of the merged model of `plan`."""

@@ -23,9 +23,9 @@ from dpt_search.costs_table import read_costs, write_costs
 from dpt_search.run import Run, configured_run, read_ranking
 from dpt_search.store import RunStore
 from search_spaces.plan import Ranking
+from trainables.profiling import profile
 from trainables.settings import DataSettings, ModelSettings, Recipe
 from trainables.tasks import ProfileTask
-from trainables.timing import profile
 
 torch.set_num_threads(1)
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

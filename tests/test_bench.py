@@ -91,8 +91,8 @@ def test_a_loaded_program_is_called_as_any_other_model(run):
 def test_a_compiler_that_is_missing_is_one_line(run, monkeypatch):
     monkeypatch.setenv("CXX", "/nowhere/c++")
     code = (
-        "from trainables.bench import _check_compiler\nimport torch\n"
-        "try:\n    _check_compiler(torch.device('cpu'))\nexcept ValueError as error:\n    print(error)"
+        "from trainables.compiling import check_compiler\nimport torch\n"
+        "try:\n    check_compiler(torch.device('cpu'))\nexcept ValueError as error:\n    print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("--compiled needs a compiler that torch can use")

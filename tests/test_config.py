@@ -18,9 +18,9 @@ BASE = RunConfig(ModelSettings("vit_tiny_patch16_224"), DataSettings("cifar10"),
 MAY_GROW = {
     "run_dir", "budget", "finetune_budget", "max_trials", "max_hours", "trial_timeout", "max_concurrent",
     "max_failures", "cpus_per_trial", "devices_per_trial", "finetune_workers", "data.cache_dir", "data.workers",
-    "data.root", "timing_batches", "timing_seconds", "sampler", "design", "probe_epochs", "probe_lr", "probe_draw",
-    "probe_sandwich", "probe_cells", "refine", "prior", "max_attn", "max_act", "baseline", "export_formats",
-    *(f"finetune.{f.name}" for f in fields(Recipe)),
+    "data.root", "timing_batches", "timing_seconds", "compiled", "sampler", "design", "probe_epochs", "probe_lr",
+    "probe_draw", "probe_sandwich", "probe_cells", "refine", "prior", "max_attn", "max_act", "baseline",
+    "export_formats", *(f"finetune.{f.name}" for f in fields(Recipe)),
 }  # fmt: skip
 AT_LEAST = {
     "max_trials": 1, "max_failures": 1, "cpus_per_trial": 1, "devices_per_trial": 0.01, "finetune_workers": 1,
@@ -294,6 +294,11 @@ def test_a_baseline_needs_no_value_and_stands_anywhere(tmp_path: Path, flags: li
             BASE, run_dir=str(tmp_path), baseline=True, max_trials=3 if "3" in order else BASE.max_trials
         )
     assert not read_config("export", [str(tmp_path), "--baseline", "false"]).baseline
+
+
+@pytest.mark.parametrize(("flags", "compiled"), [(["--compiled"], True), (["--compiled", "false"], False), ([], False)])
+def test_compiling_is_a_switch(tmp_path: Path, flags: list[str], compiled: bool) -> None:
+    assert read_config("run", ["--run-dir", str(tmp_path), *flags, "--seed", "3"]).compiled is compiled
 
 
 def test_formats_are_written_in_their_own_order_and_others_are_refused() -> None:

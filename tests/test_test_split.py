@@ -15,9 +15,9 @@ from trainables.dense_check import check_dense, check_model
 from trainables.export import export
 from trainables.importance import rank
 from trainables.long_finetune import finetune
+from trainables.profiling import profile
 from trainables.settings import Recipe
 from trainables.tasks import ExportTask, FinetuneTask, ProfileTask, RankTask, Task, TrialTask
-from trainables.timing import profile
 from trainables.trial import Trial
 from trainables.workspace import Workspace
 

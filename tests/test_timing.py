@@ -8,8 +8,9 @@ from search_spaces import family_of
 from search_spaces.plan import PruningPlan, Unit
 from search_spaces.timm_compat import timm
 from trainables.intervals import accuracy_interval, median_interval, paired_difference
+from trainables.profiling import profile
 from trainables.tasks import ProfileTask
-from trainables.timing import count_macs, count_params, interleaved_seconds, merged_without, profile
+from trainables.timing import count_macs, count_params, interleaved_seconds, merged_without
 from trainables.workspace import Workspace
 
 

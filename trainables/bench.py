@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from search_spaces import BadInput
 from search_spaces.timm_compat import timm
+from trainables.compiling import check_compiler, compiled
 from trainables.data import View
 from trainables.dense import build_model
 from trainables.devices import describe, torch_device
@@ -38,7 +40,7 @@ def bench(task: BenchTask) -> dict[str, Any]:
     torch.set_num_threads(task.threads)
     device = torch_device(task.device)
     if task.compiled:
-        _check_compiler(device)
+        check_compiler(device)
     loaded = [_load(model, task, device) for model in task.models]
     return {
         "device": describe(device),
@@ -48,16 +50,13 @@ def bench(task: BenchTask) -> dict[str, Any]:
     }
 
 
-def _load(asked: BenchModel, task: BenchTask, device: torch.device) -> tuple[torch.nn.Module, Size]:
+def _load(asked: BenchModel, task: BenchTask, device: torch.device) -> tuple[Callable[..., torch.Tensor], Size]:
     """Return a model in evaluation mode on the device, and the size (C, H, W) of its images."""
     model, size = _built(asked) if asked.model else _exported(asked, device)
     if asked.location.endswith(".onnx"):
         return model, size
     model = model.to(device).eval()
-    # torch compiles anew for every batch size, so that each is as fast as it can be.
-    if task.compiled:
-        model.compile(dynamic=False)
-    return model, size
+    return (compiled(model) if task.compiled else model), size
 
 
 def _built(asked: BenchModel) -> tuple[torch.nn.Module, Size]:
@@ -80,24 +79,8 @@ def _exported(asked: BenchModel, device: torch.device) -> tuple[torch.nn.Module,
     return load_pruned(where), tuple(json.loads(read_bytes(f"{where}/plan.json"))["view"]["input_size"])
 
 
-def _check_compiler(device: torch.device) -> None:
-    """Compile something small.
-
-    Raises:
-        BadInput: it cannot be done.
-    """
-    try:
-        torch.compile(lambda x: x * 2 + 1)(torch.ones(4, device=device))
-    except Exception as error:  # every compiler is missing in its own way
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BadInput(
-            f"--compiled needs a compiler that torch can use, and there is none: {reason}; install one (g++ for the "
-            "CPU, triton for GPUs), or leave --compiled out"
-        ) from None
-
-
 def _timed(
-    loaded: list[tuple[torch.nn.Module, Size]], batch: int, task: BenchTask, device: torch.device
+    loaded: list[tuple[Callable[..., torch.Tensor], Size]], batch: int, task: BenchTask, device: torch.device
 ) -> list[dict[str, Any]]:
     calls = [partial(model, torch.randn(batch, *size, device=device)) for model, size in loaded]
     seconds = calls_within(task.seconds, calls, device)

@@ -18,6 +18,7 @@ import torch
 
 from search_spaces import family_of
 from search_spaces.plan import PruningPlan
+from trainables.compiling import compiled
 from trainables.data import ImageSet
 from trainables.dense import build_model, load_weights, read_weights
 from trainables.devices import describe
@@ -81,7 +82,7 @@ def export(task: ExportTask) -> dict[str, Any]:
         "device": describe(device),
         "threads": torch.get_num_threads(),
         "dtype": "float32" if device.type == "cpu" else "autocast",
-        "compiled": False,
+        "compiled": task.compiled,
         "versions": versions(),
     }
     write_bytes(f"{task.folder}/summary.json", json.dumps(summary, indent=1).encode())
@@ -229,10 +230,11 @@ def _timed(
     """Time all models that run on the run's device in turn; by batch size and name, seconds and speedup over dense."""
     device = workspace.device
     here = {name: model.to(device).eval() for name, model in models.items() if _device_of(name, device) == device}
+    calls = [compiled(model) if task.compiled and name != "onnx" else model for name, model in here.items()]
     timing = {}
     for batch in task.batches:
         pixels = torch.randn(batch, *workspace.view.input_size, device=device)
-        seconds = interleaved_seconds(list(here.values()), pixels, repeats=task.repeats)
+        seconds = interleaved_seconds(calls, pixels, repeats=task.repeats)
         timing[str(batch)] = {name: speed(seconds, column) for column, name in enumerate(here)}
     return timing
 

@@ -39,11 +39,13 @@ class ProfileTask(Task):
 
     Attributes:
         batches: batch sizes to time.
-        seconds: time to spend on all measurements.
+        seconds: time to spend on all measurements, at most; compiling is not counted.
+        compiled: measure models as torch compiles them.
     """
 
     batches: tuple[int, ...] = (1, 64)
     seconds: float = 10.0
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,7 @@ class ExportTask(Task):
         repeats: timing rounds per batch size.
         formats: what to write, of `FORMATS`; safetensors is always written.
         baseline: weights of the dense model after the same fine-tune; empty where it had none.
+        compiled: time models as torch compiles them; ONNX stays as it is.
     """
 
     plan: str
@@ -195,6 +198,7 @@ class ExportTask(Task):
     repeats: int = 30
     formats: tuple[str, ...] = tuple(FORMATS)
     baseline: str = ""
+    compiled: bool = False
 
 
 @dataclass(frozen=True)

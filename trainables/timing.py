@@ -1,4 +1,4 @@
-"""Warmed, synchronised timing of models side by side, and the costs of every unit."""
+"""Warmed, synchronised timing of models side by side."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from search_spaces import family_of
-from search_spaces.plan import Attention, PruningPlan, Unit
-from trainables.devices import autocast, describe, synchronise
+from search_spaces.plan import Attention, PruningPlan
+from trainables.compiling import check_compiler, compiled
+from trainables.devices import autocast, synchronise
 from trainables.intervals import median_interval
-from trainables.tasks import ProfileTask, TimingTask
+from trainables.tasks import TimingTask
 from trainables.workspace import Workspace
 
 FEWEST, MOST = 7, 200
 """Rounds of a measurement that is to take a given time."""
+WARMING, WARM_SECONDS = 2, 5.0
+"""Rounds of warming up; one is enough where it takes so long."""
 FEWEST_TO_JUDGE = 15
 """Rounds by which a plan's speedup is judged, at least."""
 
@@ -39,12 +41,12 @@ def count_params(model: torch.nn.Module) -> int:
 
 
 def interleaved_seconds(
-    models: Sequence[torch.nn.Module], pixels: torch.Tensor, *, repeats: int, amp: bool = True
+    models: Sequence[Callable[..., torch.Tensor]], pixels: torch.Tensor, *, repeats: int, amp: bool = True
 ) -> np.ndarray:
     """Time one forward pass of each model in turn, again and again, so that drift of the machine hits all alike.
 
     Args:
-        models: in evaluation mode, on the device of `pixels`.
+        models: in evaluation mode, on the device of `pixels`, compiled or not.
         pixels: one batch, shape (B, C, H, W).
         repeats: number of rounds, after two of warming up.
         amp: mixed precision where the device has it.
@@ -55,26 +57,16 @@ def interleaved_seconds(
     return interleaved_calls(calls_of(models, pixels), pixels.device, repeats=repeats, amp=amp)
 
 
-def calls_of(models: Sequence[torch.nn.Module], pixels: torch.Tensor) -> list[Callable[[], object]]:
+def calls_of(models: Sequence[Callable[..., torch.Tensor]], pixels: torch.Tensor) -> list[Callable[[], object]]:
     """Return what calls each of the models with one batch."""
     return [partial(model, pixels) for model in models]
 
 
-@torch.inference_mode()
 def interleaved_calls(
     calls: Sequence[Callable[[], object]], device: torch.device, *, repeats: int, amp: bool = True
 ) -> np.ndarray:
     """Time each call in turn, again and again; see `interleaved_seconds`. Returns seconds, shape (repeats, calls)."""
-    seconds = np.empty((repeats + 2, len(calls)))
-    with autocast(device, amp):
-        for row in seconds:
-            for column, call in enumerate(calls):
-                synchronise(device)
-                start = time.perf_counter()
-                call()
-                synchronise(device)
-                row[column] = time.perf_counter() - start
-    return seconds[2:]
+    return calls_within(0.0, calls, device, fewest=repeats, amp=amp)
 
 
 def calls_within(
@@ -84,45 +76,55 @@ def calls_within(
     *,
     fewest: int = FEWEST,
     amp: bool = True,
+    enough: Callable[[np.ndarray], bool] | None = None,
 ) -> np.ndarray:
-    """Time each call in turn for about so long, in `fewest` to `MOST` rounds; see `interleaved_calls`."""
-    one_round = float(np.median(interleaved_calls(calls, device, repeats=3, amp=amp).sum(axis=1)))
-    return interleaved_calls(calls, device, repeats=int(np.clip(seconds / one_round, fewest, MOST)), amp=amp)
+    """Time each call in turn, again and again, until so long has passed.
 
-
-def profile(task: ProfileTask) -> dict[str, Any]:
-    """Measure what the dense model costs and what removing (and merging) each unit saves.
-
-    Units of one kind that save the same MACs and parameters have the same shape, so they share one saving in seconds:
-    that of a model without half of them, over their number, which stands out of the noise better than one unit does.
+    Args:
+        seconds: when to stop, warming up counted.
+        calls: what to time.
+        device: what to wait for.
+        fewest: rounds to take whatever their time.
+        amp: mixed precision where the device has it.
+        enough: asked every `fewest` rounds whether seconds (rounds, calls) will do; left out, `MOST` rounds do.
 
     Returns:
-        `device`, and `rows`: one for the dense model and one a unit, with macs, params and, by batch size, seconds and
-        their spread (interquartile range over repeats).
+        Seconds, shape (rounds, calls).
     """
-    workspace = Workspace(task)
-    dense, size = workspace.dense, workspace.view.input_size
-    whole: dict[str, Any] = {
-        "kind": "dense",
-        "index": -1,
-        "macs": count_macs(dense, size),
-        "params": count_params(dense),
-    }
-    rows = [_counts(dense, unit, task.attention, size, whole) for unit in family_of(dense).units(dense)]
-    groups = _alike(rows)
-    removed = [group[: (len(group) + 1) // 2] for group in groups]
-    plans = [PruningPlan.of(Unit(r["kind"], r["index"]) for r in half) for half in removed]
-    models = [dense, *(merged_without(dense, plan, task.attention) for plan in plans)]
-    models = [model.to(workspace.device) for model in models]
-    for batch in task.batches:
-        pixels = torch.randn(batch, *size, device=workspace.device)
-        seconds = calls_within(task.seconds / len(task.batches), calls_of(models, pixels), pixels.device)
-        whole |= _summary(seconds[:, 0], batch)
-        for column, (group, half) in enumerate(zip(groups, removed, strict=True), 1):
-            saved = _summary((seconds[:, 0] - seconds[:, column]) / len(half), batch)
-            for row in group:
-                row |= saved
-    return {"device": describe(workspace.device), "rows": [whole, *rows]}
+    begun, rounds = time.perf_counter(), list[list[float]]()
+    with torch.inference_mode(), autocast(device, amp):
+        for _ in range(WARMING):
+            if sum(_one_round(calls, device)) > WARM_SECONDS:
+                break
+        while len(rounds) < fewest or time.perf_counter() - begun < seconds:
+            rounds.append(_one_round(calls, device))
+            if enough is None:
+                if len(rounds) >= max(MOST, fewest):
+                    break
+            elif len(rounds) % fewest == 0 and enough(np.array(rounds)):
+                break
+    return np.array(rounds)
+
+
+def _one_round(calls: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+    """Return the seconds of each call, the device synchronised around it."""
+    seconds, clock = [], clock_of(device)
+    for call in calls:
+        synchronise(device)
+        start = clock()
+        call()
+        synchronise(device)
+        seconds.append(clock() - start)
+    return seconds
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """Return what seconds are read from: the thread's own CPU time where all is done by one thread of a CPU.
+
+    It is what the wall clock says on a machine that does nothing else; what other programs take from a shared core is
+    no cost of a model. Several threads, and accelerators, have the wall clock only.
+    """
+    return time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
 def time_plans(task: TimingTask) -> dict[str, dict[str, dict[str, float]]]:
@@ -130,19 +132,31 @@ def time_plans(task: TimingTask) -> dict[str, dict[str, dict[str, float]]]:
 
     Returns:
         By plan and batch size the seconds of both, and the speedup with its 95 % interval.
+
+    Raises:
+        BadInput: there is no compiler, and models were to be compiled.
     """
     workspace = Workspace(task)
     dense, size = workspace.dense.to(workspace.device).eval(), workspace.view.input_size
+    if task.compiled:
+        check_compiler(workspace.device)
+    told = compiled if task.compiled else _as_is
+    fixed = told(dense)
     found: dict[str, dict[str, dict[str, float]]] = {}
     share = task.seconds / max(1, len(task.plans) * len(task.batches))
     for text in task.plans:
-        models = [dense, merged_without(dense, PruningPlan.parse(text), task.attention).to(workspace.device)]
+        merged = merged_without(dense, PruningPlan.parse(text), task.attention).to(workspace.device)
+        models = [fixed, told(merged)]
         found[text] = {}
         for batch in task.batches:
             pixels = torch.randn(batch, *size, device=workspace.device)
             seconds = calls_within(share, calls_of(models, pixels), pixels.device, fewest=FEWEST_TO_JUDGE)
             found[text][str(batch)] = against_dense(speed(seconds, 0), speed(seconds, 1))
     return found
+
+
+def _as_is(model: torch.nn.Module) -> torch.nn.Module:
+    return model
 
 
 def speed(seconds: np.ndarray, column: int) -> dict[str, float]:
@@ -160,34 +174,8 @@ def against_dense(dense: dict[str, float], merged: dict[str, float]) -> dict[str
     return {"dense_seconds": dense["seconds"], "merged_seconds": merged["seconds"], **ratio}
 
 
-def _counts(
-    dense: torch.nn.Module, unit: Unit, attention: Attention, size: tuple[int, int, int], whole: dict[str, Any]
-) -> dict[str, Any]:
-    """Return a unit's row with what its removal saves in MACs and parameters."""
-    merged = merged_without(dense, PruningPlan.of([unit]), attention)
-    return {
-        "kind": unit.kind,
-        "index": unit.index,
-        "macs": whole["macs"] - count_macs(merged, size),
-        "params": whole["params"] - count_params(merged),
-    }
-
-
-def _alike(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Group the rows of units of one kind and shape."""
-    groups: dict[tuple[str, float, int], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["kind"], row["macs"], row["params"]), []).append(row)
-    return list(groups.values())
-
-
 def merged_without(dense: torch.nn.Module, plan: PruningPlan, attention: Attention) -> torch.nn.Module:
     """Return a merged copy of a model without a plan's units."""
     family = family_of(dense)
     model: torch.nn.Module = family.merge(family.remove(copy.deepcopy(dense), plan, attention)).eval()
     return model
-
-
-def _summary(seconds: np.ndarray, batch: int) -> dict[str, float]:
-    low, median, high = np.percentile(seconds, [25, 50, 75])
-    return {f"seconds_{batch}": float(median), f"spread_{batch}": float(high - low)}

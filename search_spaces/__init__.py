@@ -4,6 +4,7 @@ Importing this package imports no torch; a family's module is imported when `fam
 """
 
 import importlib
+from dataclasses import dataclass, field
 from types import ModuleType
 
 FAMILIES = {
@@ -19,6 +20,31 @@ class BadInput(ValueError):
 
 class UnsupportedModel(BadInput):
     """The model, or one of its blocks, has a structure this method cannot remove units from."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What of a model can be removed, and why the rest cannot.
+
+    Attributes:
+        attn: indices of the attentions that can be removed.
+        act: indices of the activations that can be removed.
+        refused: by unit, such as `act:3`, the reason why it is no unit, which names the class of the module seen.
+    """
+
+    attn: tuple[int, ...]
+    act: tuple[int, ...]
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+def offered(model: object) -> Offer:
+    """Say what of a model can be removed, and of every other attention and activation why it cannot.
+
+    Raises:
+        UnsupportedModel: no family knows the model.
+    """
+    found: Offer = family_of(model).offered(model)
+    return found
 
 
 def family_of(model: object) -> ModuleType:

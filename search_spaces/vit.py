@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from search_spaces import UnsupportedModel
-from search_spaces.plan import Attention, PruningPlan, Unit
+from search_spaces import Offer, UnsupportedModel
+from search_spaces.plan import KINDS, Attention, PruningPlan, Unit
 from search_spaces.timm_compat import timm
 
 
@@ -105,9 +105,18 @@ def units(model: nn.Module) -> tuple[Unit, ...]:
     for index, block in enumerate(_blocks(model)):
         if not isinstance(block, timm.models.vision_transformer.Block | MlpBlock):
             raise UnsupportedModel(f"block {index} is a {type(block).__name__}, not a pre-norm ViT block")
-    attn = [Unit("attn", i) for i, block in enumerate(_blocks(model)) if _has_attention(block)]
-    act = [Unit("act", i) for i, block in enumerate(_blocks(model)) if _removable_activation(block.mlp)]
-    return (*attn, *act)
+    found = offered(model)
+    return (*(Unit("attn", i) for i in found.attn), *(Unit("act", i) for i in found.act))
+
+
+def offered(model: nn.Module) -> Offer:
+    """Say what can be removed, and why the rest cannot; see `search_spaces.offered`."""
+    reasons = {}
+    for index, block in enumerate(_blocks(model)):
+        reasons[Unit("attn", index)] = "" if _has_attention(block) else "removed"
+        reasons[Unit("act", index)] = _why_kept(block.mlp)
+    indices = {kind: tuple(u.index for u, why in reasons.items() if u.kind == kind and not why) for kind in KINDS}
+    return Offer(**indices, refused={str(unit): why for unit, why in reasons.items() if why})
 
 
 def _has_attention(block: Any) -> bool:
@@ -116,15 +125,22 @@ def _has_attention(block: Any) -> bool:
     return not isinstance(block.attn, NoAttention)
 
 
-def _removable_activation(mlp: nn.Module) -> bool:
-    """Say whether two plain linear layers have only an activation between them."""
-    return (
-        isinstance(mlp, timm.layers.Mlp)
-        and isinstance(mlp.fc1, nn.Linear)
-        and isinstance(mlp.fc2, nn.Linear)
-        and isinstance(mlp.norm, nn.Identity)
-        and not isinstance(mlp.act, nn.Identity)
-    )
+def _why_kept(mlp: Any) -> str:
+    """Say why an MLP's activation is no unit; nothing where two linear layers have only an activation between them."""
+    name = type(mlp).__name__
+    if isinstance(mlp, nn.Linear):
+        return "removed"
+    if isinstance(mlp, timm.layers.SwiGLU | timm.layers.GluMlp):
+        return f"{name}: a gate between fc1 and fc2, so they are no one linear layer without it"
+    if not isinstance(mlp, timm.layers.Mlp):
+        return f"{name}: not known to be two linear layers with an activation between"
+    if isinstance(mlp.act, nn.Identity):
+        return "removed"
+    if not isinstance(mlp.fc1, nn.Linear) or not isinstance(mlp.fc2, nn.Linear):
+        return f"{name}: fc1 is a {type(mlp.fc1).__name__}, fc2 a {type(mlp.fc2).__name__}, not linear layers"
+    if not isinstance(mlp.norm, nn.Identity):
+        return f"{name}: a {type(mlp.norm).__name__} between fc1 and fc2, so they are no one linear layer without it"
+    return ""
 
 
 @contextmanager

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from types import ModuleType
 
 FAMILIES = {
-    "VisionTransformer": "search_spaces.vit",
-    "VisionTransformerDistilled": "search_spaces.vit",
+    "timm.models.vision_transformer": "search_spaces.vit",
+    "timm.models.deit": "search_spaces.vit",
 }
-"""Model class name -> module with the four verbs `units`, `gates`, `remove`, `merge`."""
+"""Module with classes of blocks or models -> the family's file, which describes them; lazily imported."""
 
 
 class BadInput(ValueError):
@@ -48,13 +48,11 @@ def offered(model: object) -> Offer:
 
 
 def family_of(model: object) -> ModuleType:
-    """Return the module whose four verbs handle `model`.
+    """Return the module with the verbs `units`, `gates`, `remove`, `merge` and `fade`, for a model with known blocks.
 
     Raises:
-        UnsupportedModel: no family is written for the model's class.
+        UnsupportedModel: no family describes any of the model's blocks.
     """
-    for cls in type(model).__mro__:
-        if cls.__name__ in FAMILIES:
-            return importlib.import_module(FAMILIES[cls.__name__])
-    known = ", ".join(FAMILIES)
-    raise UnsupportedModel(f"no family handles {type(model).__name__}; known model classes: {known}")
+    surgery = importlib.import_module("search_spaces.surgery")
+    surgery.check(model)
+    return surgery

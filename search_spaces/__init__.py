@@ -8,8 +8,36 @@ from dataclasses import dataclass, field
 from types import ModuleType
 
 FAMILIES = {
-    "timm.models.vision_transformer": "search_spaces.vit",
-    "timm.models.deit": "search_spaces.vit",
+    "timm.models.beit": "search_spaces.families.beit",
+    "timm.models.cait": "search_spaces.families.cait",
+    "timm.models.coat": "search_spaces.families.coat",
+    "timm.models.convit": "search_spaces.families.convit",
+    "timm.models.davit": "search_spaces.families.davit",
+    "timm.models.deepseek_vit": "search_spaces.families.deepseek",
+    "timm.models.deit": "search_spaces.families.vit",
+    "timm.models.efficientformer": "search_spaces.families.efficientformer",
+    "timm.models.eva": "search_spaces.families.eva",
+    "timm.models.gcvit": "search_spaces.families.gcvit",
+    "timm.models.gemma4_vit": "search_spaces.families.gemma",
+    "timm.models.hiera": "search_spaces.families.hiera",
+    "timm.models.hieradet_sam2": "search_spaces.families.hieradet",
+    "timm.models.levit": "search_spaces.families.levit",
+    "timm.models.maxxvit": "search_spaces.families.maxxvit",
+    "timm.models.metaformer": "search_spaces.families.metaformer",
+    "timm.models.mvitv2": "search_spaces.families.mvit",
+    "timm.models.nest": "search_spaces.families.nest",
+    "timm.models.pvt_v2": "search_spaces.families.pvt",
+    "timm.models.swin_transformer": "search_spaces.families.swin",
+    "timm.models.swin_transformer_v2": "search_spaces.families.swin",
+    "timm.models.swin_transformer_v2_cr": "search_spaces.families.swin",
+    "timm.models.tiny_vit": "search_spaces.families.tiny_vit",
+    "timm.models.tnt": "search_spaces.families.tnt",
+    "timm.models.twins": "search_spaces.families.twins",
+    "timm.models.vision_transformer": "search_spaces.families.vit",
+    "timm.models.vision_transformer_relpos": "search_spaces.families.relpos",
+    "timm.models.vision_transformer_sam": "search_spaces.families.sam",
+    "timm.models.volo": "search_spaces.families.volo",
+    "timm.models.xcit": "search_spaces.families.xcit",
 }
 """Module with classes of blocks or models -> the family's file, which describes them; lazily imported."""
 

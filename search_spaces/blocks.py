@@ -32,6 +32,7 @@ class Branch:
         takes: those of the block's arguments, by name, that the core is given too.
         parts: modules and buffers that belong to the core, by name; the core itself where it is a module.
         kind: `attn`, `mlp`, or `other` for what always stays.
+        skip: a module that the tokens pass before the branch is added to them.
     """
 
     core: str | Callable[..., torch.Tensor]
@@ -40,6 +41,7 @@ class Branch:
     takes: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
     kind: str = "other"
+    skip: str = ""
 
     @property
     def own(self) -> tuple[str, ...]:
@@ -64,11 +66,13 @@ class Form:
         steps: what they do, in order; where `attn_stays` always has a reason, only the MLPs matter.
         takes: names of the arguments of the class's `forward` after the tokens, in order.
         attn_stays: says of a block why its attentions cannot be removed; the empty text where they can.
+        returns: makes what the block returns of the tokens and its arguments.
     """
 
     steps: tuple[Step, ...]
     takes: tuple[str, ...] = ()
-    attn_stays: Callable[[nn.Module], str] = always
+    attn_stays: Callable[[Any], str] = always
+    returns: Callable[..., Any] | None = None
 
     def branches(self, kind: str) -> list[Branch]:
         """Return the branches of a kind, in order."""
@@ -78,6 +82,38 @@ class Form:
 
 def _together(step: Branch | tuple[Branch, ...]) -> tuple[Branch, ...]:
     return step if isinstance(step, tuple) else (step,)
+
+
+def pre_norm(
+    *takes: str,
+    attn: str | Callable[..., torch.Tensor] = "attn",
+    parts: tuple[str, ...] = (),
+    scales: tuple[str, str] | None = None,
+    drops: tuple[str, str] = ("drop_path1", "drop_path2"),
+    attn_stays: Callable[[Any], str] = always,
+    mlp_takes: tuple[str, ...] = (),
+) -> Form:
+    """Return the form `x + drop1(scale1(attn(norm1(x), *takes)))`, then the same with `norm2` and `mlp`."""
+    first, second = ((scales[0],), (scales[1],)) if scales else ((), ())
+    steps = (
+        Branch(attn, ("norm1",), (*first, drops[0]), takes, parts, "attn"),
+        Branch("mlp", ("norm2",), (*second, drops[1]), mlp_takes, kind="mlp"),
+    )
+    return Form(steps, takes, attn_stays)
+
+
+def post_norm(*takes: str, attn: str = "attn", parts: tuple[str, ...] = (), last: tuple[Step, ...] = ()) -> Form:
+    """Return the form `x + drop_path1(norm1(attn(x, *takes)))`, then the same with `mlp` and `norm2`, then `last`."""
+    steps = (
+        Branch(attn, (), ("norm1", "drop_path1"), takes, parts, "attn"),
+        Branch("mlp", (), ("norm2", "drop_path2"), kind="mlp"),
+    )
+    return Form((*steps, *last), takes)
+
+
+def mlp_only(why: str, *mlps: str) -> Form:
+    """Return the form of blocks whose attentions stay, for the reason given, and whose MLPs are at those paths."""
+    return Form((Branch("attn", kind="attn"), *(Branch(mlp, kind="mlp") for mlp in mlps)), attn_stays=lambda _: why)
 
 
 def form_of(block: nn.Module) -> Form | None:
@@ -124,7 +160,7 @@ class Left(nn.Module):
     removed: dict[int, Attention]
     gates: dict[int, tuple[torch.Tensor | float, Attention]]
 
-    def _forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(self.form.takes, args, strict=False)) | kwargs
         attentions = iter(range(len(self.form.branches("attn"))))
         for step in self.form.steps:
@@ -133,10 +169,11 @@ class Left(nn.Module):
                 continue
             added = x
             for branch in _together(step):
+                added = part(self, branch.skip)(added) if branch.skip else added
                 what = self._addend(branch, next(attentions) if branch.kind == "attn" else -1, x, given)
                 added = added if what is None else added + what
             x = added
-        return x
+        return self.form.returns(x, **given) if self.form.returns else x
 
     forward = _forward  # it stands for any block, so it takes whatever that one takes
 

@@ -76,7 +76,7 @@ def _reader(model: Any, blocks: list[nn.Module]) -> Any:
     """Return the norm that alone reads the tokens behind the last block, as the model's family says; else None."""
     for base in type(model).__mro__:
         if base.__module__ in FAMILIES:
-            readers = importlib.import_module(FAMILIES[base.__module__]).READERS
+            readers = getattr(importlib.import_module(FAMILIES[base.__module__]), "READERS", {})
             if base.__name__ in readers:
                 return readers[base.__name__](model) if list(model.blocks) == blocks else None
     return None
@@ -99,7 +99,7 @@ def _halves(block: Any, form: Form) -> list[tuple[Any, list[torch.Tensor]]]:
 
 
 def _half(block: Any, branch: Branch, is_identity: bool) -> tuple[Any, list[torch.Tensor]]:
-    if len(branch.pre) != 1 or callable(branch.core):
+    if len(branch.pre) != 1 or callable(branch.core) or branch.skip:
         return None, []
     norm = part(block, branch.pre[0])
     last = norm if is_identity else part(block, branch.core)

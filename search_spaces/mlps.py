@@ -29,10 +29,15 @@ class Mlp:
 
 MLPS = {
     "timm.layers.mlp.Mlp": Mlp(between=("norm",)),
-    "timm.models.swin_transformer_v2_cr.Mlp": Mlp(),
+    "timm.models.tiny_vit.NormMlp": Mlp(whole=False),
 }
 """By full class name the MLPs that are two linear layers with an activation between."""
-GATED = {"timm.layers.mlp.GluMlp", "timm.layers.mlp.SwiGLU", "timm.models.vitamin.GeGluMlp"}
+GATED = {
+    "timm.layers.mlp.GluMlp",
+    "timm.layers.mlp.SwiGLU",
+    "timm.models.vitamin.GeGluMlp",
+    "timm.models.gemma4_vit.Gemma4GatedMlp",
+}
 """Classes of MLPs with a gate: `fc2(act(a(x)) * b(x))`."""
 
 

@@ -4,24 +4,9 @@ from typing import Any
 
 from torch import nn
 
-from search_spaces.blocks import Branch, Form
+from search_spaces.blocks import Branch, Form, post_norm, pre_norm
 
 ARGUMENTS = ("attn_mask", "is_causal")
-
-PRE_NORM = Form(
-    (
-        Branch("attn", ("norm1",), ("ls1", "drop_path1"), ARGUMENTS, kind="attn"),
-        Branch("mlp", ("norm2",), ("ls2", "drop_path2"), kind="mlp"),
-    ),
-    ARGUMENTS,
-)
-POST_NORM = Form(
-    (
-        Branch("attn", (), ("norm1", "drop_path1"), ARGUMENTS, kind="attn"),
-        Branch("mlp", (), ("norm2", "drop_path2"), kind="mlp"),
-    ),
-    ARGUMENTS,
-)
 
 
 def _in_parallel(count: int) -> Form:
@@ -39,7 +24,11 @@ def _in_parallel(count: int) -> Form:
     return Form((attns, mlps), ARGUMENTS)
 
 
-FORMS = {"Block": PRE_NORM, "ResPostBlock": POST_NORM, "ParallelThingsBlock": _in_parallel(2)}
+FORMS = {
+    "Block": pre_norm(*ARGUMENTS, scales=("ls1", "ls2")),
+    "ResPostBlock": post_norm(*ARGUMENTS),
+    "ParallelThingsBlock": _in_parallel(2),
+}
 
 
 def _reader(model: Any) -> nn.Module:

@@ -11,6 +11,7 @@ from zoo import MEMBERS, RARER, Member, skipping
 
 from search_spaces import family_of, offered
 from search_spaces.plan import PruningPlan
+from trainables.long_finetune import _distributed
 from trainables.timing import count_macs
 
 BUILT: dict[str, torch.nn.Module] = {}
@@ -102,3 +103,35 @@ def test_the_units_macs_add_up_and_what_is_left_learns(member):
     again = family.remove(member.build(), PruningPlan.of(units[::2]), "zero")
     again.load_state_dict(model.state_dict())
     assert torch.equal(logits(again, member), logits(model, member))
+
+
+@pytest.mark.parametrize("attention", ["identity", "double"])
+@settings(max_examples=4)
+@given(data=st.data())
+def test_what_else_may_stay_of_an_attention_is_what_its_gates_leave(member, attention, data):
+    model = copy.deepcopy(built(member))
+    family = family_of(model)
+    plan = PruningPlan.of(data.draw(st.sets(st.sampled_from(family.units(model)))))
+    with family.gates(model, attention) as gates, torch.no_grad():
+        for unit in plan.units:
+            gates[unit].zero_()
+        gated = logits(model, member)
+    removed = logits(family.remove(model, plan, attention), member)
+    assert difference(gated, removed) <= 1e-5
+    assert difference(logits(family.merge(model), member), removed) <= 1e-4
+
+
+def test_weights_that_nothing_uses_any_more_do_not_stop_a_training_on_several_workers(tmp_path):
+    shared = next(member for member in MEMBERS if member.key == "beit_shared")
+    model = copy.deepcopy(built(shared)).train()
+    family = family_of(model)
+    family.remove(model, PruningPlan.of(unit for unit in family.units(model) if unit.kind == "attn"), "zero")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        wrapped = _distributed(model)
+        for _ in range(3):
+            wrapped(torch.randn(2, 1, shared.side, shared.side)).square().sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert model.rel_pos_bias.relative_position_bias_table.grad is None
+    assert model.blocks[0].mlp.fc1.weight.grad is not None

@@ -12,6 +12,7 @@ FAMILIES = {
     "timm.models.cait": "search_spaces.families.cait",
     "timm.models.coat": "search_spaces.families.coat",
     "timm.models.convit": "search_spaces.families.convit",
+    "timm.models.csatv2": "search_spaces.families.csatv2",
     "timm.models.davit": "search_spaces.families.davit",
     "timm.models.deepseek_vit": "search_spaces.families.deepseek",
     "timm.models.deit": "search_spaces.families.vit",

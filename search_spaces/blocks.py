@@ -67,12 +67,14 @@ class Form:
         takes: names of the arguments of the class's `forward` after the tokens, in order.
         attn_stays: says of a block why its attentions cannot be removed; the empty text where they can.
         returns: makes what the block returns of the tokens and its arguments.
+        shrink: at the merge, drops what a block without attentions does not use of the modules that it keeps.
     """
 
     steps: tuple[Step, ...]
     takes: tuple[str, ...] = ()
     attn_stays: Callable[[Any], str] = always
     returns: Callable[..., Any] | None = None
+    shrink: Callable[[Any], None] | None = None
 
     def branches(self, kind: str) -> list[Branch]:
         """Return the branches of a kind, in order."""

@@ -19,6 +19,8 @@ def fold_scale(left: Left) -> None:
     for number, branch in enumerate(left.form.branches("attn")):
         if left.removed.get(number) != "identity" or len(branch.pre) != 1 or not branch.post:
             continue
+        if {branch.pre[0], branch.post[0]} & set(_shared(left, branch)):
+            continue
         norm, scale = part(left, branch.pre[0]), part(left, branch.post[0])
         gamma = scale.gamma if isinstance(scale, timm.layers.LayerScale) else scale
         if _is_affine(norm) and isinstance(gamma, torch.Tensor):
@@ -26,6 +28,12 @@ def fold_scale(left: Left) -> None:
                 parameter.mul_(gamma)
             owner, _, name = branch.post[0].rpartition(".")
             setattr(left.get_submodule(owner), name, None if isinstance(scale, torch.Tensor) else nn.Identity())
+
+
+def _shared(left: Left, branch: Branch) -> list[str]:
+    """Return the modules around the cores of a block's other branches."""
+    others = [other for kind in ("attn", "mlp", "other") for other in left.form.branches(kind) if other is not branch]
+    return [path for other in others for path in (*other.pre, *other.post)]
 
 
 def _is_affine(norm: nn.Module) -> bool:

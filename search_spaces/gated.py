@@ -26,7 +26,12 @@ HELD_OUT = 4
 
 def gated_paths(model: nn.Module) -> list[str]:
     """Return the paths of the gated MLPs that can be made plain, in the model's order."""
-    paths = [f"{path}.{branch.core}" for path, _, form in blocks_of(model) for branch in form.branches("mlp")]
+    paths = [
+        f"{path}.{branch.core}"
+        for path, _, form in blocks_of(model)
+        for branch in form.branches("mlp")
+        if isinstance(branch.core, str)
+    ]
     return [path for path in paths if GATED.get(class_name(model.get_submodule(path)))]
 
 

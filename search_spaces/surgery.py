@@ -83,7 +83,9 @@ def offered(model: nn.Module) -> Offer:
 def _why_not(model: nn.Module, unit: Unit, place: _Place) -> str:
     block = model.get_submodule(place.path)
     if unit.kind == "act":
-        return why_kept(part(block, _mlp_path(place)))
+        mlp = place.form.branches("mlp")[place.number].core
+        shares = f"{type(block).__name__}: the MLP shares its linear layers with the attention"
+        return shares if callable(mlp) else why_kept(part(block, mlp))
     if isinstance(block, Left) and place.number in block.removed:
         return "removed"
     return place.form.attn_stays(block)
@@ -190,9 +192,12 @@ def merge(model: nn.Module) -> nn.Module:
     """
     for path, block, form in blocks_of(model):
         for branch in form.branches("mlp"):
-            place = f"{path}.{branch.core}"
-            _set(model, place, merged(model.get_submodule(place)))
+            if isinstance(branch.core, str):
+                place = f"{path}.{branch.core}"
+                _set(model, place, merged(model.get_submodule(place)))
         if isinstance(block, Left):
             fold_scale(block)
+            if form.shrink and len(block.removed) == len(form.branches("attn")):
+                form.shrink(block)
     fold_doubling(model)
     return model

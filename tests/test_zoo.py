@@ -38,7 +38,7 @@ def built(member: Member) -> torch.nn.Module:
 
 
 def logits(model: torch.nn.Module, member: Member) -> torch.Tensor:
-    pixels = torch.randn(2, 1, member.side, member.side, generator=torch.Generator().manual_seed(1))
+    pixels = torch.randn(2, member.chans, member.side, member.side, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         return model.eval()(pixels)
 
@@ -84,7 +84,7 @@ def test_gates_leave_a_model_as_they_found_it(member):
 
 def test_the_units_macs_add_up_and_what_is_left_learns(member):
     dense = built(member)
-    family, size = family_of(dense), (1, member.side, member.side)
+    family, size = family_of(dense), (member.chans, member.side, member.side)
 
     def macs(plan: PruningPlan) -> float:
         model = copy.deepcopy(dense)
@@ -96,7 +96,7 @@ def test_the_units_macs_add_up_and_what_is_left_learns(member):
     assert min(saved) > 0
     assert sum(saved) == pytest.approx(whole - macs(PruningPlan.of(units)))
     model = family.remove(copy.deepcopy(dense), PruningPlan.of(units[::2]), "zero").train()
-    outputs = model(torch.randn(2, 1, member.side, member.side))
+    outputs = model(torch.randn(2, member.chans, member.side, member.side))
     sum(each.square().sum() for each in (outputs if isinstance(outputs, tuple) else (outputs,))).backward()
     silent = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert [name for name in silent if not re.search(member.orphans, name)] == []

@@ -3,6 +3,7 @@
 import re
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ class Member:
         attn: matches the paths of the modules whose output, in order, is what an attention adds, or before a scale.
         act: matches the paths of the activations of the MLPs, in order.
         n_attn, n_act: how many units it must have.
-        side: of the images, in pixels.
+        side, chans: of the images, in pixels and channels.
         orphans: matches the weights that nothing uses where every other attention is gone, counted from the first.
     """
 
@@ -37,6 +38,7 @@ class Member:
     side: int = 28
     title: str = ""
     orphans: str = "^$"
+    chans: int = 1
 
     @property
     def key(self) -> str:
@@ -44,7 +46,7 @@ class Member:
         return self.title or self.name.rpartition(".")[2]
 
     def build(self, **kwargs: Any) -> torch.nn.Module:
-        kwargs = {"in_chans": 1, "num_classes": 5, **self.kwargs, **kwargs}
+        kwargs = {"in_chans": self.chans, "num_classes": 5, **self.kwargs, **kwargs}
         module, _, cls = self.name.rpartition(".")
         return getattr(getattr(timm.models, module), cls)(**kwargs) if module else timm.create_model(cls, **kwargs)
 
@@ -64,7 +66,18 @@ maxvit = timm.models.maxxvit.MaxxVitCfg(**STEM, block_type=("M", "M"), transform
 coatnet = timm.models.maxxvit.MaxxVitCfg(embed_dim=(16, 32), depths=(1, 2), stem_width=8, block_type=("C", "T"))
 STAGES = r"stages\.\d+\.blocks\.\d+\."
 LAYERS = r"layers\.\d+\.blocks\.\d+\."
+fused = partial(blocks.ParallelScalingBlock, fuse_out_proj=True)
 RARER = [
+    Member(
+        "csatv2",
+        {"dims": (8, 8, 16, 16), "depths": (1, 1, 2, 2), "transformer_depths": (0, 0, 1, 1)},
+        2,
+        2,
+        r"stages\.[23]\.2\.attn",
+        r"stages\.[23]\.\d\.mlp\.act",
+        128,
+        chans=3,
+    ),
     Member(
         "twins_svt_small",
         {
@@ -288,6 +301,8 @@ MEMBERS = [
         r"blocks\.\d+\.ffns\.\d+\.mlp\.act",
         init_values=0.5,
     ),
+    vit("vit_pwee_patch16_reg1_gap_256", 3, 0, r"blocks\.\d+\.attn_out_proj", title="parallel", init_values=0.5),
+    vit("vit_tiny_patch16_224", 3, 0, r"blocks\.\d+\.out_proj", block_fn=fused, title="parallel_fused"),
     vit("vit_giant_patch14_dinov2", 3, 0, title="swiglu", init_values=0.5),
     vit("vit_tiny_patch16_224", 3, 0, scale_mlp_norm=True, title="mlp_norm"),
     vit("vit_tiny_patch16_224", attn_layer="diff", title="differential"),
@@ -329,6 +344,9 @@ def skipping(model: torch.nn.Module, member: Member, plan: PruningPlan) -> ExitS
 
 
 def nothing(module: torch.nn.Module, given: Any, output: Any) -> Any:
+    if isinstance(module, torch.nn.Linear) and module.in_features > module.out_features:
+        # It is the MLP's last layer too; the attention has as many inputs as there are outputs, the first ones.
+        return output - given[0][..., : module.out_features] @ module.weight[:, : module.out_features].T
     first = torch.zeros_like(output[0] if isinstance(output, tuple) else output)
     return (first, *output[1:]) if isinstance(output, tuple) else first
 

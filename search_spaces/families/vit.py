@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from search_spaces.blocks import Branch, Form, post_norm, pre_norm
+from search_spaces.families.parallel import FORM
 
 ARGUMENTS = ("attn_mask", "is_causal")
 
@@ -28,6 +29,7 @@ FORMS = {
     "Block": pre_norm(*ARGUMENTS, scales=("ls1", "ls2")),
     "ResPostBlock": post_norm(*ARGUMENTS),
     "ParallelThingsBlock": _in_parallel(2),
+    "ParallelScalingBlock": FORM,
 }
 
 

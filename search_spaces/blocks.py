@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +81,17 @@ class Form:
         """Return the branches of a kind, in order."""
         flat = [branch for step in self.steps if not callable(step) for branch in _together(step)]
         return [branch for branch in flat if branch.kind == kind]
+
+    @functools.cached_property
+    def numbered(self) -> list[list[tuple[Branch, int]] | Callable[..., torch.Tensor]]:
+        """The steps, each branch with its number among the block's attentions; -1 for others."""
+        numbers = itertools.count()
+        return [
+            step
+            if callable(step)
+            else [(branch, next(numbers) if branch.kind == "attn" else -1) for branch in _together(step)]
+            for step in self.steps
+        ]
 
 
 def _together(step: Branch | tuple[Branch, ...]) -> tuple[Branch, ...]:
@@ -164,15 +176,14 @@ class Left(nn.Module):
 
     def _forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(self.form.takes, args, strict=False)) | kwargs
-        attentions = iter(range(len(self.form.branches("attn"))))
-        for step in self.form.steps:
+        for step in self.form.numbered:
             if callable(step):
                 x = step(self, x, **given)
                 continue
             added = x
-            for branch in _together(step):
+            for branch, number in step:
                 added = part(self, branch.skip)(added) if branch.skip else added
-                what = self._addend(branch, next(attentions) if branch.kind == "attn" else -1, x, given)
+                what = self._addend(branch, number, x, given)
                 added = added if what is None else added + what
             x = added
         return self.form.returns(x, **given) if self.form.returns else x
@@ -180,6 +191,8 @@ class Left(nn.Module):
     forward = _forward  # it stands for any block, so it takes whatever that one takes
 
     def _addend(self, branch: Branch, number: int, x: torch.Tensor, given: dict[str, Any]) -> torch.Tensor | None:
+        if number < 0:
+            return self._after(branch, self._core(branch, self._before(branch, x), given))
         if number in self.removed:
             stays = self.removed[number]
             if stays == "zero":
@@ -196,7 +209,9 @@ class Left(nn.Module):
         return added if stays == "zero" else (1 - gate) * x + added
 
     def _before(self, branch: Branch, x: torch.Tensor) -> torch.Tensor:
-        return functools.reduce(lambda tokens, path: part(self, path)(tokens), branch.pre, x)
+        for path in branch.pre:
+            x = part(self, path)(x)
+        return x
 
     def _core(self, branch: Branch, x: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
         taken = {name: given[name] for name in branch.takes if name in given}
@@ -205,13 +220,16 @@ class Left(nn.Module):
     def _after(self, branch: Branch, x: torch.Tensor) -> torch.Tensor:
         for path in branch.post:
             last = part(self, path)
-            if last is not None:
+            # Identities are many, and to call a module takes time.
+            if last is not None and type(last) is not nn.Identity:
                 x = last * x if isinstance(last, torch.Tensor) else last(x)
         return x
 
 
 def part(block: Any, path: str) -> Any:
     """Return what a block has at a dotted path."""
+    if "." not in path:
+        return getattr(block, path)
     return functools.reduce(getattr, path.split("."), block)
 
 

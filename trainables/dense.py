@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 
 from search_spaces import BadInput
+from search_spaces.gated import make_plain
 from search_spaces.timm_compat import timm
 from trainables.locations import read_bytes
 from trainables.settings import ModelSettings
@@ -22,7 +23,7 @@ def build_model(settings: ModelSettings, *, seed: int = 0, drop_path: float = 0.
     """Build the dense model with its weights, in evaluation mode, on the CPU.
 
     Args:
-        settings: which model.
+        settings: which model; where its gated MLPs are absorbed, the checkpoint is that of the plain ones.
         seed: of weights that no checkpoint gives.
         drop_path: stochastic depth rate of the last block, for training.
 
@@ -43,6 +44,8 @@ def build_model(settings: ModelSettings, *, seed: int = 0, drop_path: float = 0.
             )
     except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
         raise BadModel(f"timm cannot build {settings.name} with {settings.kwargs}: {_first_line(error)}") from None
+    if settings.gated == "absorb":
+        make_plain(model)
     if settings.checkpoint not in ("", "pretrained"):
         state = read_weights(settings.checkpoint)
         if settings.new_head:

@@ -4,9 +4,9 @@
 
 Every name of `timm.list_models()` is built on the meta device and run once; `structure.py` says what it is made of. A
 model counts if it has at least 4 blocks that each hold a softmax attention and two `nn.Linear` with one activation
-between. A model with fewer than 8 `nn.Linear` cannot, and is not run; nor is one of the same class, modules and settings
-as one that was. What cannot be run on the meta device is run on the CPU. A row per name: a name that has one already is
-not looked at again. About ten minutes of one core.
+between. A model with fewer than 8 `nn.Linear` cannot, and is not run; nor is one of the same class, modules and
+settings as one that was. What cannot be run on the meta device is run on the CPU. A row per name: a name that has one
+already is not looked at again. About ten minutes of one core.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ COLUMNS = (
 
 
 class NoInitialisation(TorchFunctionMode):
-    """Leaves parameters as they are allocated: on the meta device there is nothing to set, and it takes most of the time."""
+    """Leaves parameters as they are allocated: on the meta device there is nothing to set, and it takes long."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         in_place = getattr(func, "__name__", "").endswith("_") and not func.__name__.endswith("__")

@@ -187,7 +187,7 @@ def _tensors(nested: Any) -> Iterator[torch.Tensor]:
 
 
 def _is_activation(module: nn.Module) -> bool:
-    """Say whether a module, which has at most single numbers as weights, maps every number for itself and not linearly."""
+    """Say whether a module with at most single numbers as weights maps every number for itself, and not linearly."""
     if any(weight.numel() > 1 for weight in module.parameters()):
         return False
     with torch._C.DisableTorchFunction(), torch.device("cpu"):

@@ -20,16 +20,18 @@ python benchmarks/model_sweep.py    # what can be removed of it: benchmarks/resu
 made with timm {timm} and torch {torch}. `dpt-search doctor --model NAME` says the same of one model, with any
 `--model.kwargs`.
 
-**{counting} of the {names} names of `timm.list_models()` count**: they have at least 4 blocks that each hold a softmax
-attention and two `nn.Linear` with one activation between. The census knows no family: it runs every model once and
-follows what becomes of the image (`benchmarks/structure.py`). A norm, a convolution or a gate between the two linear
-layers, or fewer such blocks, and a model does not count; it may be supported nevertheless.
+**{counting} of the {names} names of `timm.list_models()` count**: they have at least 4 blocks that each hold a
+softmax attention and two `nn.Linear` with one activation between. The census knows no family: it runs every model once
+and follows what becomes of the image (`benchmarks/structure.py`). A norm, a convolution or a gate between the two
+linear layers, or fewer such blocks, and a model does not count; it may be supported nevertheless.
 
-**Supported are {supported} of these {counting}, {share:.1%}**: attention and activation can be removed in every block.
-*Attention only*: no activation can. *Partly*: not in all blocks. Of every model, half of the units of each kind were
-removed and merged: {real} names with random weights, where gates at 0, the removal and the merged model compute the same
-within 1e-4 of the largest output (the worst was {worst:.0e}); {meta} names are larger, and had their shapes and
-parameters checked on the meta device only. Names that differ by their weights alone were tried once.
+**Attentions and activations can be removed in {both} of these {counting}, {both_share:.1%}**: in every block in
+{supported} of them, {share:.1%} (*supported*), in others not in all blocks (*partly*, which says why not).
+
+Of every model, half of the units of each kind were removed and merged: {real} names with random weights, where gates at
+0, the removal and the merged model compute the same within 1e-4 of the largest output (the worst was {worst:.0e});
+{meta} names are larger, and had their shapes and parameters checked on the meta device only. Names that differ by their
+weights alone were tried once.
 """
 
 
@@ -50,7 +52,7 @@ def page(rows: Sequence[Row], census: dict[str, Row]) -> str:
         "They do not count: fewer than 4 of their blocks have both.\n",
         _table(attending),
         f"## All others: {len(rest)} names",
-        f"Without a softmax attention, and refused: {', '.join(sorted({row['class'] for row in rest if row['class']}))}.",
+        f"They have no softmax attention: {', '.join(sorted({row['class'] for row in rest if row['class']}))}.",
     ]
     failed = [f"- {row['name']}: {row['why_not']}" for row in census.values() if row["why_not"].startswith("cannot")]
     if failed:
@@ -60,10 +62,12 @@ def page(rows: Sequence[Row], census: dict[str, Row]) -> str:
 
 def _head(rows: Sequence[Row], counting: Sequence[Row]) -> str:
     real = [row for row in rows if row["tried"] and row["tried"] != "meta"]
-    supported = sum(row["verdict"] == "supported" for row in counting)
+    supported, partly = (sum(row["verdict"] == word for row in counting) for word in ("supported", "partly"))
+    both = supported + partly
     return HEAD.format(
         timm=timm.__version__, torch=torch.__version__.partition("+")[0], counting=len(counting), names=len(rows),
-        supported=supported, share=supported / max(1, len(counting)), real=len(real),
+        supported=supported, share=supported / max(1, len(counting)),
+        both=both, both_share=both / max(1, len(counting)), real=len(real),
         meta=sum(row["tried"] == "meta" for row in rows),
         worst=max((float(row["difference"]) for row in real if row["difference"]), default=0.0),
     )  # fmt: skip
@@ -78,7 +82,7 @@ def _attends(counted: Row) -> bool:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    """Return a line per class, verdict and reason: names, and how many of them were tried with weights and how on meta."""
+    """Return a line per class, verdict and reason: names, and how many of them were tried how."""
 
     def key(row: Row) -> tuple[str, str, str]:
         return row["class"], row["verdict"], row["reason"]
@@ -98,6 +102,10 @@ def summary(rows: Sequence[Row]) -> list[str]:
     short = [row for row in counting if row["verdict"] != "supported"]
     wrong = [f"WRONG {row['name']}: {row['reason']}" for row in rows if row["verdict"] == "wrong"]
     supported = len(counting) - len(short)
-    share = f"{supported} of {len(counting)} names that count are supported: {supported / max(1, len(counting)):.1%}"
+    both = supported + sum(row["verdict"] == "partly" for row in short)
+    share = (
+        f"of {len(counting)} names that count, {supported} have units of both kinds in every block "
+        f"({supported / max(1, len(counting)):.1%}), {both} have units of both kinds ({both / max(1, len(counting)):.1%})"
+    )
     exceptions = [f"{row['name']} ({row['class']}): {row['verdict']}: {row['reason']}" for row in short]
     return [*exceptions, *wrong, share]

@@ -3,10 +3,10 @@
     python benchmarks/model_sweep.py
 
 Every name of the census is asked what it offers. Where it offers units, half of each kind, drawn at random, are removed
-and merged: in a model with random weights where it has fewer than `--real-below` parameters, at 112 or 128 pixels a side
-if it can be built for them, and what the model computes is compared step by step; else on the meta device, where only
-shapes and parameters can be. Names that are the same model but for its weights are tried once. A row per
-name is written as it is done; a name that has one already is not tried again (`--anew` begins from the start).
+and merged: in a model with random weights where it has fewer than `--real-below` parameters, at 112 or 128 pixels a
+side if it can be built for them, and what the model computes is compared step by step; else on the meta device, where
+only shapes and parameters can be. Names that are the same model but for its weights are tried once. A row per name is
+written as it is done; a name that has one already is not tried again (`--anew` begins from the start).
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / "models.csv")
     parser.add_argument("--page", type=Path, default=Path("docs/models.md"))
     parser.add_argument("--real-below", type=float, default=30e6, help="Parameters (default: 30e6).")
+    parser.add_argument("--ask-only", action="store_true", help="Try nothing, for a first look.")
     parser.add_argument("--names", nargs="*", help="Try these only.")
     parser.add_argument("--anew", action="store_true", help="Forget what was written before.")
     args = parser.parse_args()
@@ -55,7 +56,7 @@ def main() -> int:
             writer.writeheader()
         for name in args.names or census:
             if name not in done and name in census:
-                found = tried(census[name], args.real_below, known)
+                found = tried(census[name], -1.0 if args.ask_only else args.real_below, known)
                 done[name] = row = {**dict.fromkeys(COLUMNS, ""), "name": name, **found}
                 writer.writerow(row)
                 stream.flush()
@@ -71,7 +72,7 @@ def tried(counted: dict[str, Any], real_below: float, known: dict[str, dict[str,
 
     Args:
         counted: the name's row of the census.
-        real_below: models with fewer parameters are tried with weights.
+        real_below: models with fewer parameters are tried with weights; below 0, none is tried at all.
         known: what was found of models by their fingerprint; added to.
     """
     row = {"class": counted["class"], "counts": counted["counts"], "blocks": counted["blocks"]}
@@ -92,7 +93,7 @@ def looked_at(counted: dict[str, Any], model: nn.Module, real_below: float) -> d
         return {"verdict": "refused", "reason": str(error), "attn": 0, "act": 0}
     verdict, reason = judged(offer, int(counted["blocks"] or 0))
     row = {"verdict": verdict, "reason": reason, "attn": len(offer.attn), "act": len(offer.act)}
-    if not offer.attn and not offer.act:
+    if real_below < 0 or not (offer.attn or offer.act):
         return row
     try:
         if int(counted["parameters"]) < real_below:

@@ -103,9 +103,10 @@ def summary(rows: Sequence[Row]) -> list[str]:
     wrong = [f"WRONG {row['name']}: {row['reason']}" for row in rows if row["verdict"] == "wrong"]
     supported = len(counting) - len(short)
     both = supported + sum(row["verdict"] == "partly" for row in short)
+    of = max(1, len(counting))
     share = (
         f"of {len(counting)} names that count, {supported} have units of both kinds in every block "
-        f"({supported / max(1, len(counting)):.1%}), {both} have units of both kinds ({both / max(1, len(counting)):.1%})"
+        f"({supported / of:.1%}), {both} have units of both kinds ({both / of:.1%})"
     )
     exceptions = [f"{row['name']} ({row['class']}): {row['verdict']}: {row['reason']}" for row in short]
     return [*exceptions, *wrong, share]

@@ -15,6 +15,7 @@ import argparse
 import csv
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,9 @@ def main() -> None:
                 done[name] = row = {"name": name, **look(name, known)}
                 writer.writerow(row)
                 stream.flush()
-    for line in summary(list(done.values())):
+    rows = [done[name] for name in sorted(done)]
+    write(args.out, rows, COLUMNS)
+    for line in summary(rows):
         print(line)
 
 
@@ -68,6 +71,14 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
         return {}
     with path.open(newline="") as stream:
         return {row["name"]: row for row in csv.DictReader(stream)}
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
+    """Write rows, in this order."""
+    with path.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, columns)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def build_on_meta(name: str) -> nn.Module:

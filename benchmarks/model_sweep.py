@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from census import build_on_meta, fingerprint, read
+from census import build_on_meta, fingerprint, read, write
 from sweep_page import page, summary
 from torch import nn
 
@@ -54,13 +54,15 @@ def main() -> int:
         writer = csv.DictWriter(stream, COLUMNS)
         if not done:
             writer.writeheader()
-        for name in args.names or census:
+        # Those that count first: what a sweep that is cut short has is what matters.
+        for name in args.names or sorted(census, key=lambda name: census[name]["counts"] != "True"):
             if name not in done and name in census:
                 found = tried(census[name], -1.0 if args.ask_only else args.real_below, known)
                 done[name] = row = {**dict.fromkeys(COLUMNS, ""), "name": name, **found}
                 writer.writerow(row)
                 stream.flush()
     rows = [done[name] for name in census if name in done]
+    write(args.out, rows, COLUMNS)
     args.page.write_text(page(rows, census))
     for line in summary(rows):
         print(line)

@@ -215,7 +215,7 @@ def test_checking_a_model_counts_its_units_and_meets_its_data(task):
     assert check_model(task) == {"attn": [0, 1, 2, 3], "act": [0, 1, 2, 3]}
     with pytest.raises(BadData, match="does not exist"):
         check_model(replace(task, data=replace(task.data, path="/nowhere")))
-    with pytest.raises(BadInput, match="no family handles ResNet"):
+    with pytest.raises(BadInput, match="no family .* ResNet"):
         check_model(replace(task, model=ModelSettings("test_resnet", {"num_classes": CLASSES, "in_chans": 1})))
 
 
@@ -233,6 +233,25 @@ def test_any_model_takes_images_of_a_size_that_it_is_asked_to(name):
     view = View.of(model, DataSettings(mean=[0.5], std=[0.5]))
     assert view.input_size == (1, 64, 64)
     assert model(torch.zeros(1, *view.input_size)).shape == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "resampled"),
+    [
+        ("vit_tiny_patch16_224", {"embed_dim": 32, "depth": 2, "num_heads": 2}, "pos_embed"),
+        ("swinv2_cr_tiny_224", {"embed_dim": 24, "depths": (1, 1), "num_heads": (2, 2), "window_size": 4}, ""),
+        ("beit_base_patch16_224", {"embed_dim": 32, "depth": 2, "num_heads": 2}, "relative_position_bias_table"),
+    ],
+)
+def test_a_checkpoint_of_another_image_size_fits(tmp_path, name, kwargs, resampled):
+    there = ModelSettings(name, {**kwargs, "img_size": 128, "num_classes": 5})
+    source = build_model(there, seed=7).state_dict()
+    checkpoint = write(tmp_path / "w.safetensors", {key: weight.contiguous() for key, weight in source.items()})
+    model = build_model(replace(there, kwargs={**there.kwargs, "img_size": 64}, checkpoint=checkpoint))
+    for key, weight in model.state_dict().items():
+        assert torch.equal(weight, source[key]) or (resampled and resampled in key), key
+    assert "state_dict" not in model.pretrained_cfg
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 5)
 
 
 def test_a_size_that_a_model_cannot_take_is_refused_in_one_line():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import io
+from dataclasses import replace
 from typing import Any
 
 import safetensors.torch
@@ -43,6 +44,7 @@ def build_model(settings: ModelSettings, *, seed: int = 0, drop_path: float = 0.
         state = read_weights(settings.checkpoint)
         if settings.new_head:
             state |= {k: v for k, v in model.state_dict().items() if k.startswith(_classifiers(model))}
+        model = _resampled(model, state, settings, rate) or model
         load_weights(model, state, settings.checkpoint)
     return model.eval()
 
@@ -63,6 +65,26 @@ def _created(settings: ModelSettings, kwargs: dict[str, Any]) -> Any:
     except Exception as error:  # each model has its own kinds of error
         raise BadModel(f"timm cannot build {settings.name} with {settings.kwargs}: {_first_line(error)}") from None
     return model
+
+
+def _resampled(model: Any, state: dict[str, torch.Tensor], settings: ModelSettings, rate: dict[str, float]) -> Any:
+    """Return the model with weights that are of another image or patch size, made to fit by timm; None if they are not.
+
+    What timm knows to resample are position embeddings, tables of relative positions and patch embeddings. `state` is
+    then what the model has.
+    """
+    own = model.state_dict()
+    if state.keys() != own.keys() or all(own[name].shape == weight.shape for name, weight in state.items()):
+        return None
+    source = {"state_dict": dict(state), "num_classes": model.num_classes}
+    given = replace(settings, checkpoint="pretrained")
+    try:
+        fitted = _created(given, {**settings.kwargs, **rate, "pretrained_cfg_overlay": source})
+    except BadModel:
+        return None
+    del fitted.pretrained_cfg["state_dict"]
+    state.update(fitted.state_dict())
+    return fitted
 
 
 def _take_images_of(model: Any, channels: int | None, size: Any) -> None:

@@ -16,7 +16,12 @@ from trainables.locations import resolve
 EMBEDDED = "package:dpt_search/embedded/fashion_mnist/run.yaml"
 """The configuration of a run that names no model, no data and no --config."""
 
-_SHORT = {"adapt_epochs": "adapt.epochs", "finetune_epochs": "finetune.epochs", "trial_epochs": "trial.epochs"}
+_SHORT = {
+    "adapt_epochs": "adapt.epochs",
+    "finetune_epochs": "finetune.epochs",
+    "trial_epochs": "trial.epochs",
+    "gated": "model.gated",
+}
 _BOOLEANS = ("true", "false", "yes", "no", "on", "off")
 _RECIPES = ("adapt", "trial", "finetune")
 _SHOWN = ("epochs", "batch_size", "lr")

@@ -33,12 +33,12 @@ MLPS = {
 }
 """By full class name the MLPs that are two linear layers with an activation between."""
 GATED = {
-    "timm.layers.mlp.GluMlp",
-    "timm.layers.mlp.SwiGLU",
-    "timm.models.vitamin.GeGluMlp",
-    "timm.models.gemma4_vit.Gemma4GatedMlp",
+    "timm.layers.mlp.GluMlp": "; --gated absorb fits it away",
+    "timm.layers.mlp.SwiGLU": "; --gated absorb fits it away",
+    "timm.models.vitamin.GeGluMlp": "",
+    "timm.models.gemma4_vit.Gemma4GatedMlp": "",
 }
-"""Classes of MLPs with a gate: `fc2(act(a(x)) * b(x))`."""
+"""Classes of MLPs with a gate, `fc2(act(a(x)) * b(x))`, and what can be done about it, see `gated`."""
 
 
 def class_name(module: object) -> str:
@@ -52,7 +52,7 @@ def why_kept(mlp: Any) -> str:
     if isinstance(mlp, nn.Linear):
         return "removed"
     if class_name(mlp) in GATED:
-        return f"{name}: a gate between the linear layers, so that without it they are not one linear layer"
+        return f"{name}: a gate between the linear layers, so they are not one without it{GATED[class_name(mlp)]}"
     if known is None:
         return f"{name}: not known to be two linear layers with an activation between"
     first, second = getattr(mlp, known.first), getattr(mlp, known.second)

@@ -212,10 +212,10 @@ def test_splits_taken_from_the_training_images_are_named(task, learnt, table_fol
 
 
 def test_checking_a_model_counts_its_units_and_meets_its_data(task):
-    assert check_model(task) == {"attn": [0, 1, 2, 3], "act": [0, 1, 2, 3]}
+    assert check_model(task) == {"attn": [0, 1, 2, 3], "act": [0, 1, 2, 3], "refused": []}
     with pytest.raises(BadData, match="does not exist"):
         check_model(replace(task, data=replace(task.data, path="/nowhere")))
-    with pytest.raises(BadInput, match="no family .* ResNet"):
+    with pytest.raises(BadInput, match="no family describes the blocks of ResNet"):
         check_model(replace(task, model=ModelSettings("test_resnet", {"num_classes": CLASSES, "in_chans": 1})))
 
 

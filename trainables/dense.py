@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 
 from search_spaces import BadInput
+from search_spaces.gated import make_plain
 from search_spaces.timm_compat import timm
 from trainables.locations import read_bytes
 from trainables.settings import ModelSettings
@@ -24,7 +25,7 @@ def build_model(settings: ModelSettings, *, seed: int = 0, drop_path: float = 0.
     """Build the dense model with its weights, in evaluation mode, on the CPU.
 
     Args:
-        settings: which model.
+        settings: which model; where its gated MLPs are absorbed, the checkpoint is that of the plain ones.
         seed: of weights that no checkpoint gives.
         drop_path: stochastic depth rate of the last block, for training.
 
@@ -40,6 +41,8 @@ def build_model(settings: ModelSettings, *, seed: int = 0, drop_path: float = 0.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _created(settings, {**settings.kwargs, **rate})
+    if settings.gated == "absorb":
+        make_plain(model)
     if settings.checkpoint not in ("", "pretrained"):
         state = read_weights(settings.checkpoint)
         if settings.new_head:

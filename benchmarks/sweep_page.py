@@ -28,10 +28,10 @@ linear layers, or fewer such blocks, and a model does not count; it may be suppo
 **Attentions and activations can be removed in {both} of these {counting}, {both_share:.1%}**: in every block in
 {supported} of them, {share:.1%} (*supported*), in others not in all blocks (*partly*, which says why not).
 
-Of every model, half of the units of each kind were removed and merged: {real} names with random weights, where gates at
-0, the removal and the merged model compute the same within 1e-4 of the largest output (the worst was {worst:.0e});
-{meta} names are larger, and had their shapes and parameters checked on the meta device only. Names that differ by their
-weights alone were tried once.
+Tried out, half of the units of each kind being removed and merged, were {real} names with random weights, where gates
+at 0, the removal and the merged model compute the same within 1e-4 of the largest output (the worst was {worst:.0e}),
+and {meta} larger ones on the meta device, which shows shapes and parameters only. The {asked} others that have units
+were asked, and not tried; {left} names were not looked at. Names that differ by their weights alone are tried once.
 """
 
 
@@ -43,7 +43,7 @@ def page(rows: Sequence[Row], census: dict[str, Row]) -> str:
     attending = [row for row in others if row["verdict"] == "refused" and _attends(census[row["name"]])]
     rest = [row for row in others if row not in offering and row not in attending]
     parts = [
-        _head(rows, counting),
+        _head(rows, counting, len(census)),
         f"## Models that count: {len(counting)} names",
         _table(counting),
         f"## Models that do not count, and have units: {len(offering)} names",
@@ -60,15 +60,16 @@ def page(rows: Sequence[Row], census: dict[str, Row]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _head(rows: Sequence[Row], counting: Sequence[Row]) -> str:
+def _head(rows: Sequence[Row], counting: Sequence[Row], names: int) -> str:
     real = [row for row in rows if row["tried"] and row["tried"] != "meta"]
     supported, partly = (sum(row["verdict"] == word for row in counting) for word in ("supported", "partly"))
     both = supported + partly
     return HEAD.format(
-        timm=timm.__version__, torch=torch.__version__.partition("+")[0], counting=len(counting), names=len(rows),
+        timm=timm.__version__, torch=torch.__version__.partition("+")[0], counting=len(counting), names=names,
         supported=supported, share=supported / max(1, len(counting)),
         both=both, both_share=both / max(1, len(counting)), real=len(real),
-        meta=sum(row["tried"] == "meta" for row in rows),
+        meta=sum(row["tried"] == "meta" for row in rows), left=names - len(rows),
+        asked=sum(row["verdict"] not in ("refused", "wrong") and not row["tried"] for row in rows),
         worst=max((float(row["difference"]) for row in real if row["difference"]), default=0.0),
     )  # fmt: skip
 

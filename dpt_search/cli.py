@@ -238,12 +238,15 @@ def _bench(argv: list[str]) -> int:
 
 def _doctor(argv: list[str]) -> int:
     parser = simple_parser("doctor", "Say what this machine and this model can do.")
-    parser.add_argument("--model", default="", help="timm name of a model to look at.")
-    given = parse(parser, argv)
+    parser.add_argument("--model.name", default="", help="timm name of a model to look at; --model NAME is the same.")
+    what = """Further arguments of timm.create_model, such as '{"img_size": 64}'."""
+    parser.add_argument("--model.kwargs", type=dict[str, Any], default={}, help=what)
+    given = parse(parser, ["--model.name" if argument == "--model" else argument for argument in argv])
     from dpt_search.doctor import examine
+    from trainables.settings import ModelSettings
 
     problems = 0
-    for line, ok in examine(given.model):
+    for line, ok in examine(ModelSettings(given.model.name, given.model.kwargs)):
         print(f"{'ok  ' if ok else 'NO  '} {line}", flush=True)
         problems += not ok
     return 1 if problems else 0

@@ -156,7 +156,7 @@ _GROWING = (
 )  # fmt: skip
 """Fields, or groups of them, that a later start may change."""
 
-LATER = {"ranking": "taylor", "start": "dense", "keep": "", "attention": "zero"}
+LATER = {"ranking": "taylor", "start": "dense", "keep": "", "attention": "zero", "model.gated": "keep"}
 """Identity fields that earlier versions lacked, and what those versions did: with it, their records stay valid."""
 
 

@@ -8,8 +8,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from dpt_search.remote import StageFailed, call_here
 from dpt_search.run import versions
+from trainables.settings import ModelSettings
 
 _CHECKS = {
     "torch": "import torch; print(torch.__version__, f'with {torch.get_num_threads()} threads')",
@@ -19,24 +22,18 @@ _CHECKS = {
     "ray": "import ray; print(ray.__version__)",
 }
 _DEVICE = "from trainables.devices import describe, torch_device; d = torch_device({name!r}); print(describe(d))"
-_MODEL = """
-from search_spaces import family_of
-from search_spaces.timm_compat import timm
-if not timm.is_model({name!r}):
-    raise SystemExit("timm has no model " + {name!r})
-model = timm.create_model({name!r})
-units = family_of(model).units(model)
-kinds = [u.kind for u in units]
-print(f"{{type(model).__name__}} with {{kinds.count('attn')}} attn and {{kinds.count('act')}} act units")
-"""
 
 
-def examine(model: str) -> Iterator[tuple[str, bool]]:
+def examine(model: ModelSettings) -> Iterator[tuple[str, bool]]:
     """Yield one finding after another, each with whether it is as it should be.
 
     Args:
-        model: timm name of a model to look at; empty for none.
+        model: a model to look at; without a name none.
+
+    Raises:
+        BadInput: timm does not know the model's name or an argument; before the first finding.
     """
+    about_model = list(_model_lines(model)) if model.name else []
     found = versions()
     yield ", ".join(f"{name} {version}" for name, version in found.items()), True
     yield f"{os.cpu_count()} CPU cores, {shutil.disk_usage('.').free / 2**30:.0f} GiB of disk free here", True
@@ -46,8 +43,53 @@ def examine(model: str) -> Iterator[tuple[str, bool]]:
     for name in ("cuda", "npu"):
         text, ok = _line(f"device {name}", _DEVICE.format(name=name))
         yield (text if ok else f"device {name}: none on this machine"), True
-    if model:
-        yield _line(f"model {model}", _MODEL.format(name=model))
+    yield from about_model
+
+
+def _model_lines(model: ModelSettings) -> Iterator[tuple[str, bool]]:
+    """Yield what a model is, how many units of each kind it has, and every reason why others are none."""
+    try:
+        found = call_here("trainables.offers:describe_offer", model)
+    except StageFailed as error:
+        yield f"model {model.name}: {str(error).strip().splitlines()[-1]}", False
+        return
+    yield f"model {model.name}: {found['about']}", True
+    if found["no_family"]:
+        yield f"nothing can be removed: {found['no_family']}", False
+        return
+    yield from offer_lines(found)
+
+
+def offer_lines(found: dict[str, Any]) -> Iterator[tuple[str, bool]]:
+    """Yield a line per kind of unit, and one per reason; what `trainables.offers.describe_offer` found is laid out.
+
+    A kind of which nothing can be removed is as it should be while there are units of the other.
+    """
+    refused: list[str] = [unit for units in found["refused"].values() for unit in units]
+    for kind, units in found["units"].items():
+        of = len(units) + sum(unit.startswith(f"{kind}:") for unit in refused)
+        yield f"{kind}: {len(units)} of {of} can be removed", bool(units) or any(found["units"].values())
+    for reason, units in found["refused"].items():
+        yield f"not {' '.join(spans(units))}: {reason}", True
+
+
+def spans(units: list[str]) -> list[str]:
+    """Write units shortly, by kind: `act:0 act:1 act:2 act:5` is `act:0-2,5`."""
+    numbers: dict[str, list[int]] = {}
+    for unit in units:
+        kind, _, index = unit.partition(":")
+        numbers.setdefault(kind, []).append(int(index))
+    return [f"{kind}:{_runs(sorted(indices))}" for kind, indices in numbers.items()]
+
+
+def _runs(indices: list[int]) -> str:
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and runs[-1][-1] == index - 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _line(what: str, code: str) -> tuple[str, bool]:

@@ -16,7 +16,12 @@ from trainables.locations import resolve
 EMBEDDED = "package:dpt_search/embedded/fashion_mnist/run.yaml"
 """The configuration of a run that names no model, no data and no --config."""
 
-_SHORT = {"adapt_epochs": "adapt.epochs", "finetune_epochs": "finetune.epochs", "trial_epochs": "trial.epochs"}
+_SHORT = {
+    "adapt_epochs": "adapt.epochs",
+    "finetune_epochs": "finetune.epochs",
+    "trial_epochs": "trial.epochs",
+    "gated": "model.gated",
+}
 _SWITCHES = ("--baseline", "--compiled")
 """Flags that mean yes where no value follows."""
 _BOOLEANS = ("true", "false", "yes", "no", "on", "off")

@@ -86,8 +86,15 @@ class Run:
     def model(self) -> ModelSettings:
         """The dense model of all stages after the first: the adapted one, if it was adapted."""
         if not self.config.adapt.epochs:
-            return self.config.model
+            return self.unadapted
         return replace(self.config.model, checkpoint=self.store.path("dense/model.safetensors"), new_head=False)
+
+    @property
+    def unadapted(self) -> ModelSettings:
+        """The dense model before it is adapted: the user's, or that with its gates absorbed."""
+        if self.config.model.gated == "keep":
+            return self.config.model
+        return replace(self.config.model, checkpoint=self.store.path("dense/absorbed.safetensors"), new_head=False)
 
     @property
     def start_weights(self) -> str:

@@ -26,7 +26,7 @@ from dpt_search.training import clear, train
 from search_spaces.plan import PruningPlan
 from search_spaces.ratios import RatioSpace
 from trainables.locations import fingerprint
-from trainables.tasks import ProfileTask, RankTask
+from trainables.tasks import AbsorbTask, ProfileTask, RankTask
 
 
 def dense(run: Run) -> None:
@@ -37,8 +37,13 @@ def dense(run: Run) -> None:
         if config.compiled:
             # Before anything is trained.
             run.call("trainables.compiling:check_compiler_of", config.device)
-        before = run.task() | {"model": config.model}
-        units = _removable(config, run.call("trainables.dense_check:check_model", type(base_task(run))(**before)))
+        errors = _absorb(run)
+        before = run.task() | {"model": run.unadapted}
+        known = run.call("trainables.dense_check:check_model", type(base_task(run))(**before))
+        refused = known.pop("refused")
+        for reason in refused:
+            run.say(f"not removable: {reason}")
+        units = _removable(config, known)
         check_units(config, RatioSpace(len(units["attn"]), len(units["act"])))
         if config.adapt.epochs:
             run.say(f"adapting the dense model for {config.adapt.epochs} epochs")
@@ -50,6 +55,8 @@ def dense(run: Run) -> None:
         record = {
             "adapted_epochs": config.adapt.epochs,
             "units": units,
+            **({"refused": refused} if refused else {}),
+            **({"absorbed": errors} if errors else {}),
             "warnings": warnings,
             "content": _content(config),
         }
@@ -63,6 +70,18 @@ def dense(run: Run) -> None:
     found = run.store.read_json("dense/dense.json")
     check_units(run.config, RatioSpace(len(found["units"]["attn"]), len(found["units"]["act"])))
     run.say(f"dense accuracy on val {found['accuracy']:.2%} (chance {found['chance']:.1%})")
+
+
+def _absorb(run: Run) -> dict[str, float]:
+    """Fit the gates of the dense model's MLPs away, if asked to; return the relative error by MLP."""
+    if run.config.model.gated == "keep":
+        return {}
+    weights = run.store.path("dense/absorbed.safetensors")
+    task = AbsorbTask(**run.task() | {"model": run.config.model}, weights=weights)
+    errors: dict[str, float] = run.call("trainables.absorb:absorb_gates", task)["errors"]
+    listed = ", ".join(f"{path} {error:.2f}" for path, error in errors.items())
+    run.say(f"gates absorbed; relative error of the output of each MLP: {listed}")
+    return errors
 
 
 def _removable(config: RunConfig, units: dict[str, list[int]]) -> dict[str, list[int]]:

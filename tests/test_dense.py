@@ -10,11 +10,12 @@ from conftest import CLASSES
 
 from search_spaces import BadInput
 from search_spaces.timm_compat import timm
+from trainables.data import View
 from trainables.dense import BadModel, build_model, load_weights, read_weights
 from trainables.dense_check import check_dense, check_model
 from trainables.engine import Training
 from trainables.locations import write_bytes
-from trainables.settings import ModelSettings, Recipe
+from trainables.settings import DataSettings, ModelSettings, Recipe
 from trainables.tables import BadData
 from trainables.tasks import Task
 from trainables.workspace import Workspace
@@ -211,10 +212,10 @@ def test_splits_taken_from_the_training_images_are_named(task, learnt, table_fol
 
 
 def test_checking_a_model_counts_its_units_and_meets_its_data(task):
-    assert check_model(task) == {"attn": [0, 1, 2, 3], "act": [0, 1, 2, 3]}
+    assert check_model(task) == {"attn": [0, 1, 2, 3], "act": [0, 1, 2, 3], "refused": []}
     with pytest.raises(BadData, match="does not exist"):
         check_model(replace(task, data=replace(task.data, path="/nowhere")))
-    with pytest.raises(BadInput, match="no family handles ResNet"):
+    with pytest.raises(BadInput, match="no family describes the blocks of ResNet"):
         check_model(replace(task, model=ModelSettings("test_resnet", {"num_classes": CLASSES, "in_chans": 1})))
 
 
@@ -222,3 +223,38 @@ def test_the_images_of_a_workspace_are_loaded_once(task):
     workspace = Workspace(task)
     assert workspace.images("train", 30) is workspace.images("train", 30)
     assert np.array_equal(workspace.images("train", 30).labels, Workspace(task).images("train", 30).labels)
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "pvt_v2_b0", "efficientvit_b0"]
+)
+def test_any_model_takes_images_of_a_size_that_it_is_asked_to(name):
+    model = build_model(ModelSettings(name, {"img_size": 64, "in_chans": 1, "num_classes": 5}))
+    view = View.of(model, DataSettings(mean=[0.5], std=[0.5]))
+    assert view.input_size == (1, 64, 64)
+    assert model(torch.zeros(1, *view.input_size)).shape == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "resampled"),
+    [
+        ("vit_tiny_patch16_224", {"embed_dim": 32, "depth": 2, "num_heads": 2}, "pos_embed"),
+        ("swinv2_cr_tiny_224", {"embed_dim": 24, "depths": (1, 1), "num_heads": (2, 2), "window_size": 4}, ""),
+        ("beit_base_patch16_224", {"embed_dim": 32, "depth": 2, "num_heads": 2}, "relative_position_bias_table"),
+    ],
+)
+def test_a_checkpoint_of_another_image_size_fits(tmp_path, name, kwargs, resampled):
+    there = ModelSettings(name, {**kwargs, "img_size": 128, "num_classes": 5})
+    source = build_model(there, seed=7).state_dict()
+    checkpoint = write(tmp_path / "w.safetensors", {key: weight.contiguous() for key, weight in source.items()})
+    model = build_model(replace(there, kwargs={**there.kwargs, "img_size": 64}, checkpoint=checkpoint))
+    for key, weight in model.state_dict().items():
+        assert torch.equal(weight, source[key]) or (resampled and resampled in key), key
+    assert "state_dict" not in model.pretrained_cfg
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 5)
+
+
+def test_a_size_that_a_model_cannot_take_is_refused_in_one_line():
+    with pytest.raises(BadModel, match=r"timm cannot build levit_128s with .*img_size") as raised:
+        build_model(ModelSettings("levit_128s", {"img_size": 100}))
+    assert "\n" not in str(raised.value)

@@ -26,7 +26,7 @@ class TestAFinishedRun:
             assert (finished / name).stat().st_size > 0
         for name in ("model.safetensors", "model.pt2", "model.onnx", "plan.json", "summary.json"):
             assert (finished / "export" / name).stat().st_size > 0
-        assert pq.read_metadata(finished / "probe.parquet").num_rows == 33
+        assert pq.read_metadata(finished / "probe.parquet").num_rows == 16
         assert not (finished / "probe" / "state.pt").exists()
         assert not (finished / "lease.json").exists()
         assert not list((finished / "checkpoints").iterdir())

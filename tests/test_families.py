@@ -259,11 +259,14 @@ def test_models_of_other_kinds_are_refused_by_name(name):
         family_of(model)
 
 
-@pytest.mark.parametrize("block", ["ParallelScalingBlock", "ResPostBlock"])
-def test_blocks_that_are_not_pre_norm_are_refused_by_name(block):
-    model = timm.create_model("vit_tiny_patch16_224", **SMALL, block_fn=getattr(timm.models.vision_transformer, block))
-    with pytest.raises(UnsupportedModel, match=f"block 0 is a {block}"):
-        family_of(model).units(model)
+def test_blocks_that_no_family_describes_are_refused_by_name():
+    class OtherBlock(timm.models.vision_transformer.Block):
+        def forward(self, x, attn_mask=None, is_causal=False):
+            return super().forward(x) * 2
+
+    model = timm.create_model("vit_tiny_patch16_224", **SMALL, block_fn=OtherBlock)
+    with pytest.raises(UnsupportedModel, match="OtherBlock"):
+        family_of(model)
 
 
 def test_an_mlp_with_a_gate_of_its_own_keeps_its_activation():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from search_spaces.plan import Attention, PruningPlan, Ranking
 from search_spaces.ratios import Cell
-from search_spaces.vit import gates, merge, remove
+from search_spaces.surgery import gates, merge, remove
 from trainables.engine import Training, evaluate
 from trainables.probe import Elastic, drawn_cells, evaluate_cells, run_probe, switch
 from trainables.settings import DataSettings, ModelSettings, Recipe
@@ -117,10 +117,10 @@ def test_a_pass_trains_the_drawn_cell_and_leaves_what_is_switched_off(task: Prob
     pixels = torch.randn(2, 1, 28, 28)
     with gates(model, task.attention) as elastic.gates:
         elastic(pixels).sum().backward()
-        assert not model.blocks[2].attn.attn.qkv.weight.grad.any()
-        assert model.blocks[0].attn.attn.qkv.weight.grad.any()
+        assert not model.blocks[2].attn.qkv.weight.grad.any()
+        assert model.blocks[0].attn.qkv.weight.grad.any()
         elastic(pixels).sum().backward()
-        assert model.blocks[2].attn.attn.qkv.weight.grad.any()
+        assert model.blocks[2].attn.qkv.weight.grad.any()
 
 
 def test_uniform_draws_every_cell_alike(task: ProbeTask) -> None:

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search_spaces import vit
+from search_spaces import doubling, surgery
+from search_spaces.blocks import Left
 from search_spaces.plan import Attention, PruningPlan
 from search_spaces.timm_compat import timm
 from trainables.dense import build_model, load_weights, read_weights
@@ -75,14 +76,14 @@ def test_a_block_computes_the_formula(attention, scale):
         expected = half + block.ls2(block.mlp(block.norm2(half)))
         act_gone = half + block.ls2(block.mlp.fc2(block.mlp.fc1(block.norm2(half))))
         for text, wanted in (("attn:2", expected), ("attn:2 act:2", act_gone)):
-            removed = vit.remove(copy.deepcopy(dense), PruningPlan.parse(text), attention)
+            removed = surgery.remove(copy.deepcopy(dense), PruningPlan.parse(text), attention)
             assert torch.allclose(removed.blocks[2](x), wanted, atol=1e-6)
 
 
 def test_drop_path_in_training_drops_what_identity_leaves_and_not_what_double_does():
     dense, x = loud(drop_path_rate=1.0), torch.randn(2, 17, 32)
     for each, rest in (("identity", x), ("double", 2 * x), ("zero", x)):
-        model = vit.remove(copy.deepcopy(dense), PruningPlan.parse("attn:3"), each)
+        model = surgery.remove(copy.deepcopy(dense), PruningPlan.parse("attn:3"), each)
         # The last block drops every branch.
         assert torch.equal(model.train().blocks[3](x), rest)
 
@@ -95,56 +96,56 @@ def test_a_fading_block_computes_the_decay(scale, left):
     with torch.no_grad():
         half = (2 - left) * x + left * block.ls1(block.attn(block.norm1(x)))
         expected = half + block.ls2(block.mlp(block.norm2(half)))
-        vit.fade(dense, left, PruningPlan.parse("attn:2"))
+        surgery.fade(dense, left, PruningPlan.parse("attn:2"))
         assert torch.allclose(dense.blocks[2](x), expected, atol=1e-5)
 
 
 def test_what_fades_keeps_its_weights_and_ends_as_what_is_removed():
     dense, model, plan = loud(), loud(), PruningPlan.parse("attn:0,2")
-    vit.fade(model, 1.0, plan)
+    surgery.fade(model, 1.0, plan)
     assert list(model.state_dict()) == list(dense.state_dict())
     assert torch.equal(logits(model), logits(dense))
-    vit.fade(model, 0.0, plan)
-    assert torch.equal(logits(model), logits(vit.remove(loud(), plan, "double")))
-    assert torch.equal(logits(vit.remove(model, plan, "double")), logits(vit.remove(dense, plan, "double")))
+    surgery.fade(model, 0.0, plan)
+    assert torch.equal(logits(model), logits(surgery.remove(loud(), plan, "double")))
+    assert torch.equal(logits(surgery.remove(model, plan, "double")), logits(surgery.remove(dense, plan, "double")))
 
 
 def test_at_inference_double_costs_what_zero_does_and_computes_the_same_bit_for_bit():
     for kwargs in ({}, {"init_values": 0.5, "global_pool": "avg"}, {"proj_bias": False}):
-        unmerged = vit.remove(loud(**kwargs), PruningPlan.parse("attn:0,2,3"), "double")
-        merged = vit.merge(copy.deepcopy(unmerged))
-        assert not any(isinstance(module, vit.DoubleBlock) for module in merged.modules())
+        unmerged = surgery.remove(loud(**kwargs), PruningPlan.parse("attn:0,2,3"), "double")
+        merged = surgery.merge(copy.deepcopy(unmerged))
+        assert doublings(merged) == 0
         assert torch.equal(logits(merged), logits(unmerged))
-        assert torch.equal(logits(vit.merge(merged)), logits(unmerged))
+        assert torch.equal(logits(surgery.merge(merged)), logits(unmerged))
 
 
 @pytest.mark.parametrize(
     "kwargs", [{"norm_layer": timm.layers.RmsNorm}, {"final_norm": False}, {"mlp_layer": timm.layers.GluMlp}]
 )
 def test_a_factor_that_cannot_be_folded_exactly_stays(kwargs):
-    unmerged = vit.remove(loud(**kwargs), PruningPlan.parse("attn:0,2"), "double")
-    merged = vit.merge(copy.deepcopy(unmerged))
-    assert sum(isinstance(module, vit.DoubleBlock) for module in merged.modules()) == 2
+    unmerged = surgery.remove(loud(**kwargs), PruningPlan.parse("attn:0,2"), "double")
+    merged = surgery.merge(copy.deepcopy(unmerged))
+    assert doublings(merged) == 2
     assert torch.equal(logits(merged), logits(unmerged))
 
 
 def test_pooling_by_attention_before_the_last_norm_keeps_the_factor():
-    unmerged = vit.remove(loud(global_pool="map", fc_norm=True), PruningPlan.parse("attn:1"), "double")
-    assert difference(logits(vit.merge(copy.deepcopy(unmerged))), logits(unmerged)) <= 1e-6
+    unmerged = surgery.remove(loud(global_pool="map", fc_norm=True), PruningPlan.parse("attn:1"), "double")
+    assert difference(logits(surgery.merge(copy.deepcopy(unmerged))), logits(unmerged)) <= 1e-6
 
 
 def test_the_layer_scale_of_an_identity_goes_into_the_norm():
-    unmerged = vit.remove(loud(init_values=0.5), PruningPlan.parse("attn:1"), "identity")
-    merged = vit.merge(copy.deepcopy(unmerged))
+    unmerged = surgery.remove(loud(init_values=0.5), PruningPlan.parse("attn:1"), "identity")
+    merged = surgery.merge(copy.deepcopy(unmerged))
     assert isinstance(merged.blocks[1].ls1, torch.nn.Identity)
     assert isinstance(merged.blocks[0].ls1, timm.layers.LayerScale)
     assert difference(logits(merged), logits(unmerged)) <= 1e-6
 
 
 def test_two_semantics_in_one_model_merge_exactly():
-    first = vit.remove(loud(init_values=0.5), PruningPlan.parse("attn:0"), "double")
-    unmerged = vit.remove(first, PruningPlan.parse("attn:2 act:1"), "identity")
-    assert difference(logits(vit.merge(copy.deepcopy(unmerged))), logits(unmerged)) <= 1e-6
+    first = surgery.remove(loud(init_values=0.5), PruningPlan.parse("attn:0"), "double")
+    unmerged = surgery.remove(first, PruningPlan.parse("attn:2 act:1"), "identity")
+    assert difference(logits(surgery.merge(copy.deepcopy(unmerged))), logits(unmerged)) <= 1e-6
 
 
 def test_the_three_are_ranked_by_their_own_gates(tiny, tiny_data):
@@ -166,8 +167,16 @@ def test_what_is_left_goes_linearly_from_one_to_zero(steps, data):
         assert left_at(step, steps) == 0
 
 
+def lefts(model: torch.nn.Module) -> list[Left]:
+    return [module for module in model.modules() if isinstance(module, Left)]
+
+
+def doublings(model: torch.nn.Module) -> int:
+    return sum(stays == "double" for left in lefts(model) for stays in left.removed.values())
+
+
 def gates_of(model: torch.nn.Module) -> set[float]:
-    return {module.gate for module in model.modules() if isinstance(module, vit.FadingBlock)}
+    return {gate for left in lefts(model) for gate, _ in left.gates.values()}
 
 
 def test_a_training_fades_step_by_step(tiny, tiny_data, monkeypatch):
@@ -284,14 +293,14 @@ def test_an_export_of_an_earlier_version_is_one_of_zero(finetuned, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("attention", "name", "wrong"),
+    ("module", "attention", "name", "wrong"),
     [
-        ("double", "_fold_doubling", lambda model: [setattr(m, "eps", 0.0) for m in model.modules()]),
-        ("double", "_scaling", lambda branch, scale: [torch.ones(1)]),
-        ("identity", "_fold_scale", lambda block: block.norm1.weight.data.mul_(1.1)),
+        (surgery, "double", "fold_doubling", lambda model: [setattr(m, "eps", 0.0) for m in model.modules()]),
+        (doubling, "double", "_scaling", lambda branch, post: [torch.ones(1)]),
+        (surgery, "identity", "fold_scale", lambda block: block.norm1.weight.data.mul_(1.1)),
     ],
 )
-def test_a_wrong_merge_is_caught(tiny, tiny_data, tmp_path, monkeypatch, attention, name, wrong):
+def test_a_wrong_merge_is_caught(tiny, tiny_data, tmp_path, monkeypatch, module, attention, name, wrong):
     task = ExportTask(tiny, tiny_data, 0, "cpu", 1, attention, str(PLAN), "", str(tmp_path))
     workspace = Workspace(task)
     model = workspace.pruned(PLAN).eval()
@@ -301,7 +310,7 @@ def test_a_wrong_merge_is_caught(tiny, tiny_data, tmp_path, monkeypatch, attenti
     images = workspace.images("val")
     write_model(task, workspace, model)
     assert check_reloaded(task.folder, "safetensors", model, images) <= 1e-4
-    monkeypatch.setattr(vit, name, wrong)
+    monkeypatch.setattr(module, name, wrong)
     write_model(task, workspace, model)
     with pytest.raises(BadMerge):
         check_reloaded(task.folder, "safetensors", model, images)
@@ -309,5 +318,5 @@ def test_a_wrong_merge_is_caught(tiny, tiny_data, tmp_path, monkeypatch, attenti
 
 def test_what_merges_is_what_is_timed(tiny, attention):
     dense = build_model(tiny, seed=3)
-    expected = vit.merge(vit.remove(copy.deepcopy(dense), PLAN, attention))
+    expected = surgery.merge(surgery.remove(copy.deepcopy(dense), PLAN, attention))
     assert torch.equal(logits(merged_without(dense, PLAN, attention)), logits(expected))

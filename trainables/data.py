@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import filelock
 import numpy as np
@@ -47,15 +47,12 @@ class View:
             BadData: mean and std do not have one value per channel.
         """
         config = timm.data.resolve_model_data_config(model)
-        # A hybrid has convolutions of its own before the projection.
-        channels = next(p for p in model.patch_embed.parameters() if p.dim() == 4).shape[1]
+        channels, *size = config["input_size"]
         mean, std = tuple(data.mean or config["mean"]), tuple(data.std or config["std"])
         if len(mean) != channels or len(std) != channels:
             raise BadData(f"the model takes {channels} channels, so data.mean and data.std need {channels} values each")
-        size = cast("tuple[int, int]", model.patch_embed.img_size or config["input_size"][1:])
-        return cls(
-            (int(channels), *size), mean, std, config["interpolation"], data.crop_pct or config.get("crop_pct") or 1.0
-        )
+        crop_pct = data.crop_pct or config.get("crop_pct") or 1.0
+        return cls((channels, *size), mean, std, config["interpolation"], crop_pct)
 
     @property
     def cache_side(self) -> int:

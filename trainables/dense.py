@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import difflib
 import io
+from dataclasses import replace
+from typing import Any
 
 import safetensors.torch
 import torch
 
 from search_spaces import BadInput
+from search_spaces.gated import make_plain
 from search_spaces.timm_compat import timm
 from trainables.locations import read_bytes
 from trainables.settings import ModelSettings
@@ -22,7 +25,7 @@ def build_model(settings: ModelSettings, *, seed: int = 0, drop_path: float = 0.
     """Build the dense model with its weights, in evaluation mode, on the CPU.
 
     Args:
-        settings: which model.
+        settings: which model; where its gated MLPs are absorbed, the checkpoint is that of the plain ones.
         seed: of weights that no checkpoint gives.
         drop_path: stochastic depth rate of the last block, for training.
 
@@ -34,21 +37,68 @@ def build_model(settings: ModelSettings, *, seed: int = 0, drop_path: float = 0.
         hint = f"; similar: {', '.join(near)}" if near else ""
         raise BadModel(f"timm has no model {settings.name!r}: see timm.list_models(){hint}")
     rate = {"drop_path_rate": drop_path} if drop_path else {}
-    try:
-        # The caller's own random state is left as it is.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = timm.create_model(
-                settings.name, pretrained=settings.checkpoint == "pretrained", **{**settings.kwargs, **rate}
-            )
-    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
-        raise BadModel(f"timm cannot build {settings.name} with {settings.kwargs}: {_first_line(error)}") from None
+    # The caller's own random state is left as it is.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _created(settings, {**settings.kwargs, **rate})
+    if settings.gated == "absorb":
+        make_plain(model)
     if settings.checkpoint not in ("", "pretrained"):
         state = read_weights(settings.checkpoint)
         if settings.new_head:
             state |= {k: v for k, v in model.state_dict().items() if k.startswith(_classifiers(model))}
+        model = _resampled(model, state, settings, rate) or model
         load_weights(model, state, settings.checkpoint)
     return model.eval()
+
+
+def _created(settings: ModelSettings, kwargs: dict[str, Any]) -> Any:
+    """Return timm's model; its `pretrained_cfg` then has the size of the images that this one takes."""
+    pretrained, size = settings.checkpoint == "pretrained", kwargs.get("img_size")
+    try:
+        try:
+            model: Any = timm.create_model(settings.name, pretrained=pretrained, **kwargs)
+        except TypeError as error:
+            # Models that take images of any size have no such argument.
+            if size is None or "img_size" not in str(error):
+                raise
+            rest = {name: value for name, value in kwargs.items() if name != "img_size"}
+            model = timm.create_model(settings.name, pretrained=pretrained, **rest)
+        _take_images_of(model, kwargs.get("in_chans"), size)
+    except Exception as error:  # each model has its own kinds of error
+        raise BadModel(f"timm cannot build {settings.name} with {settings.kwargs}: {_first_line(error)}") from None
+    return model
+
+
+def _resampled(model: Any, state: dict[str, torch.Tensor], settings: ModelSettings, rate: dict[str, float]) -> Any:
+    """Return the model with weights that are of another image or patch size, made to fit by timm; None if they are not.
+
+    What timm knows to resample are position embeddings, tables of relative positions and patch embeddings. `state` is
+    then what the model has.
+    """
+    own = model.state_dict()
+    if state.keys() != own.keys() or all(own[name].shape == weight.shape for name, weight in state.items()):
+        return None
+    source = {"state_dict": dict(state), "num_classes": model.num_classes}
+    given = replace(settings, checkpoint="pretrained")
+    try:
+        fitted = _created(given, {**settings.kwargs, **rate, "pretrained_cfg_overlay": source})
+    except BadModel:
+        return None
+    del fitted.pretrained_cfg["state_dict"]
+    state.update(fitted.state_dict())
+    return fitted
+
+
+def _take_images_of(model: Any, channels: int | None, size: Any) -> None:
+    """Write down what images the model takes, where timm looks for it, and see that it takes a given size."""
+    made_for = model.pretrained_cfg["input_size"]
+    asked = (channels or made_for[0], *(timm.layers.to_2tuple(size) if size else made_for[1:]))
+    if asked != tuple(made_for):
+        model.pretrained_cfg["input_size"] = asked
+        place = next(model.parameters()).device
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, *asked, device=place))
 
 
 def _classifiers(model: torch.nn.Module) -> tuple[str, ...]:

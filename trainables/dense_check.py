@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from search_spaces import family_of
+from search_spaces import offered
 from trainables.data import carved_splits
 from trainables.dense import BadModel
 from trainables.devices import describe
@@ -21,15 +21,15 @@ def check_model(task: Task) -> dict[str, Any]:
     """Build the dense model and open the data: whatever is wrong with either shows here, at once.
 
     Returns:
-        The number of removable units of each kind.
+        The removable units of each kind, and as `refused` why others are none, each reason once.
     """
     workspace = Workspace(task)
-    units = family_of(workspace.dense).units(workspace.dense)
+    offer = offered(workspace.dense)
     for split, table in open_tables(task.data).items():
         workspace.check_labels(table.labels, split)
     for split in ("train", "val"):
         workspace.images(split, 64)
-    return {kind: [u.index for u in units if u.kind == kind] for kind in ("attn", "act")}
+    return {"attn": list(offer.attn), "act": list(offer.act), "refused": list(dict.fromkeys(offer.refused.values()))}
 
 
 def check_dense(task: Task) -> dict[str, Any]:

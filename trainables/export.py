@@ -155,7 +155,7 @@ def write_model(task: ExportTask, workspace: Workspace, unmerged: torch.nn.Modul
     description = {
         "plan": task.plan,
         "attention": task.attention,
-        "model": asdict(ModelSettings(task.model.name, kwargs)),
+        "model": asdict(ModelSettings(task.model.name, kwargs, gated=task.model.gated)),
         "view": asdict(workspace.view),
         "versions": versions(),
     }

@@ -149,4 +149,6 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
 
 def _distributed(model: torch.nn.Module) -> torch.nn.Module:
     device = next(model.parameters()).device
-    return torch.nn.parallel.DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device])
+    ids = None if device.type == "cpu" else [device]
+    # A removed attention may leave weights that nothing uses, such as a bias that the blocks shared: always the same.
+    return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, static_graph=True)

@@ -20,6 +20,8 @@ class ModelSettings:
     for timm's own, empty for random weights."""
     new_head: bool = False
     """Leave the checkpoint's classifier out and start a new one, for other classes; needs --adapt-epochs."""
+    gated: Literal["keep", "absorb"] = "keep"
+    """Gated MLPs (SwiGLU, GLU): keep them, with no activation to remove; or absorb, fit plain ones to them on data."""
 
 
 @dataclass(frozen=True)

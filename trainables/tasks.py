@@ -34,6 +34,19 @@ class Task:
 
 
 @dataclass(frozen=True)
+class AbsorbTask(Task):
+    """Fit plain MLPs to the dense model's gated ones.
+
+    Attributes:
+        weights: place or URI for the weights of the model with them, safetensors.
+        batches: batches of 64 training images to fit on; one in four tells the error.
+    """
+
+    weights: str = ""
+    batches: int = 8
+
+
+@dataclass(frozen=True)
 class ProfileTask(Task):
     """Measure the costs of every unit.
 

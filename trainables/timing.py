@@ -29,7 +29,8 @@ FEWEST_TO_JUDGE = 15
 
 def count_macs(model: torch.nn.Module, input_size: tuple[int, int, int]) -> float:
     """Return the multiply-accumulates of one image, counted by torch's flop counter with no data."""
-    shadow = copy.deepcopy(model).to("meta").eval()
+    # The counter follows gradients where there are any, and fails where a parameter is a module's input.
+    shadow = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         shadow(torch.zeros(1, *input_size, device="meta"))
     return counter.get_total_flops() / 2

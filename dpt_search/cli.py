@@ -241,7 +241,7 @@ def _doctor(argv: list[str]) -> int:
     parser.add_argument("--model.name", default="", help="timm name of a model to look at; --model NAME is the same.")
     what = """Further arguments of timm.create_model, such as '{"img_size": 64}'."""
     parser.add_argument("--model.kwargs", type=dict[str, Any], default={}, help=what)
-    given = parse(parser, ["--model.name" if argument == "--model" else argument for argument in argv])
+    given = parse(parser, argv)
     from dpt_search.doctor import examine
     from trainables.settings import ModelSettings
 

@@ -21,6 +21,7 @@ _SHORT = {
     "finetune_epochs": "finetune.epochs",
     "trial_epochs": "trial.epochs",
     "gated": "model.gated",
+    "model": "model.name",
 }
 _SWITCHES = ("--baseline", "--compiled")
 """Flags that mean yes where no value follows."""

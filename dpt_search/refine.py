@@ -27,7 +27,6 @@ from search_spaces.budgets import Budget
 from search_spaces.costs import UnitCosts
 from search_spaces.plan import KINDS, PruningPlan, Ranking, Unit
 from search_spaces.ratios import Cell
-from trainables.tasks import TrialTask
 
 NAME = "refine.json"
 RISK = 0.05
@@ -168,12 +167,7 @@ def _measure(run: Run, log: TrialLog, ranking: Ranking, plans: Sequence[PruningP
         return
     run.start_ray()
     run.say(f"refine: {len(missing)} trials to run")
-    task = TrialTask(
-        **run.task(run.config.cpus_per_trial),
-        recipe=run.config.trial,
-        checkpoints=run.store.path("checkpoints"),
-        start=run.start_weights,
-    )
+    task = run.trial_task(run.config.cpus_per_trial, "checkpoints")
     told = [(task, trial.trial, trial.plan, trial.seed) for trial in missing]
     for position, result in call_each(run.resources, "trainables.table_trial:run_trial", told):
         result = result or {"error": "its worker was lost"}

@@ -19,7 +19,7 @@ from dpt_search.remote import call, ray_session, resources
 from dpt_search.store import BadRun, RunStore
 from search_spaces.plan import Ranking
 from trainables.settings import ModelSettings
-from trainables.tasks import Task
+from trainables.tasks import Task, TrialTask
 
 PACKAGES = ("dpt-search", "torch", "timm", "ray", "optuna", "pyarrow", "numpy")
 
@@ -111,6 +111,19 @@ class Run:
             "threads": threads,
             "attention": self.config.attention,
         }
+
+    def trial_task(self, threads: int, checkpoints: str, timeout: float = 0.0) -> TrialTask:
+        """Return what workers are told of every trial.
+
+        Args:
+            threads: of a trial.
+            checkpoints: place in the run directory for the states of running trials.
+            timeout: seconds after which a trial fails; 0 for no limit.
+        """
+        place, recipe = self.store.path(checkpoints), self.config.trial
+        return TrialTask(
+            **self.task(threads), recipe=recipe, checkpoints=place, timeout=timeout, start=self.start_weights
+        )
 
     def stage(self, name: str, inputs: Any, output: str, work: Callable[[str], None]) -> bool:
         """Do a stage's work, unless its output is there and its inputs have not changed.

@@ -28,7 +28,6 @@ from search_spaces.costs import UnitCosts
 from search_spaces.goals import Goal, Measured
 from search_spaces.plan import PruningPlan, Ranking
 from search_spaces.ratios import Cell
-from trainables.tasks import TrialTask
 
 
 def search(run: Run, allowance: Allowance | None = None) -> None:
@@ -70,13 +69,7 @@ def search(run: Run, allowance: Allowance | None = None) -> None:
             deadline=time.time() + 3600 * config.max_hours if config.max_hours else math.inf,
             allowance=allowance,
         )
-        task = TrialTask(
-            **run.task(config.cpus_per_trial),
-            recipe=config.trial,
-            checkpoints=run.store.path("checkpoints"),
-            timeout=config.trial_timeout,
-            start=run.start_weights,
-        )
+        task = run.trial_task(config.cpus_per_trial, "checkpoints", config.trial_timeout)
         run_search(plan, log, task, run.resources, concurrent, partial(_ended, run.store, lines))
         beside.finish()
         for name in run.store.names("checkpoints"):

@@ -14,7 +14,6 @@ from dpt_search.run import Run, digest_of, identity_of, read_ranking
 from dpt_search.store import BadRun, RunStore
 from search_spaces.plan import Ranking
 from search_spaces.ratios import Cell
-from trainables.tasks import TrialTask
 
 FOLDER = "table"
 SEED_STEP = 1000
@@ -149,11 +148,11 @@ def run_missing(
         BadRun: the shard runs already.
         StageFailed: too many trials in a row failed.
     """
-    own = RunStore(run.store.path(f"{FOLDER}/shard-{shard[0]}-of-{shard[1]}"))
+    folder = f"{FOLDER}/shard-{shard[0]}-of-{shard[1]}"
+    own = RunStore(run.store.path(folder))
     with Lease(own):
-        states = own.path("states")
-        run.store.delete_dir(f"{FOLDER}/shard-{shard[0]}-of-{shard[1]}/states")
-        task = TrialTask(**run.task(threads=1), recipe=run.config.trial, checkpoints=states, start=run.start_weights)
+        own.delete_dir("states")
+        task = run.trial_task(1, f"{folder}/states")
         plans = [str(ranking.plan(job.cell)) for job in missing]
         told = [(task, j.number, plan, j.trial_seed) for j, plan in zip(missing, plans, strict=True)]
         run.start_ray()
@@ -164,7 +163,7 @@ def run_missing(
             record = records.write(job, plans[position], result or {"error": "its worker was lost"})
             own.delete(f"states/{job.number:06d}.pt")
             lines.ended(job, record)
-    run.store.delete_dir(f"{FOLDER}/shard-{shard[0]}-of-{shard[1]}")
+    run.store.delete_dir(folder)
 
 
 class Lines:

@@ -121,10 +121,7 @@ def _open_part(walk: Sequence[Step], records: Records) -> Sequence[Step]:
 
 def _run(run: Run, ranking: Ranking, walks: Sequence[Sequence[Step]], records: Records, missing: int) -> None:
     """Run the trials that are missing, the next of every walk at a time."""
-    task = TrialTask(
-        **run.task(threads=1), recipe=run.config.trial, checkpoints=run.store.path(f"{FOLDER}/states"),
-        start=run.start_weights,
-    )  # fmt: skip
+    task = run.trial_task(1, f"{FOLDER}/states")
     run.start_ray()
     lines = Lines(run.say, "walks", missing, run.config.max_failures)
     each = resources(run.config, 1, run.config.devices_per_trial)

@@ -127,6 +127,14 @@ def write_up_to_ranking(
     return store
 
 
+def loud(model: torch.nn.Module) -> torch.nn.Module:
+    """Change a model's weights so that every layer matters, scales and biases too, and return it."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
 TINY_RANKING = Ranking((1, 0, 3, 2), (2, 0, 1, 3))
 TINY_IMAGES = {"train": 96, "val": 48, "probe": 24}
 """Images of the tiny data that count in a trial's cost, and in a probe's."""

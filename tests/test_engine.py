@@ -17,7 +17,7 @@ from trainables.checkpoints import load_state, save_state
 from trainables.data import View, load_images
 from trainables.dense import build_model
 from trainables.engine import Diverged, Training, distillation_loss, evaluate
-from trainables.importance import rank, taylor_importance
+from trainables.importance import importance, rank
 from trainables.settings import Recipe
 from trainables.tasks import RankTask
 
@@ -238,7 +238,7 @@ def test_workers_share_an_epoch_and_epochs_differ(train, world):
 
 def test_importance_is_the_slope_of_the_loss_in_each_gate(tiny, val):
     model = build_model(tiny, seed=3)
-    found = taylor_importance(model, val, CPU, 1, "zero")
+    found = importance(model, val, CPU, 1, "zero")
     pixels, labels = next(val.eval_batches(64))
     with family_of(model).gates(model, "zero") as gates, torch.no_grad():
 

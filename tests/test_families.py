@@ -8,6 +8,7 @@ from typing import get_args
 
 import pytest
 import torch
+from conftest import loud
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -65,11 +66,7 @@ def built(row: Row) -> torch.nn.Module:
     """Return the row's model, not to be changed, with weights large enough for every layer to matter."""
     if row.name not in BUILT:
         torch.manual_seed(0)
-        model = row.build().eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        BUILT[row.name] = model
+        BUILT[row.name] = loud(row.build().eval())
     return BUILT[row.name]
 
 

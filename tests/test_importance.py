@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import SIDE
+from conftest import SIDE, loud
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,7 +12,7 @@ from search_spaces import family_of
 from search_spaces.plan import PruningPlan, Unit
 from trainables.data import View, load_images
 from trainables.dense import build_model
-from trainables.importance import _next_kind, conditional_importance, rank, taylor_importance
+from trainables.importance import _next_kind, importance, rank
 from trainables.tasks import RankTask
 
 CPU = torch.device("cpu")
@@ -29,32 +29,29 @@ def task(tiny, tiny_data):
     return RankTask(tiny, tiny_data, 0, "cpu", 1, "zero", batches=2, method="conditional")
 
 
-def loud(tiny):
+def loud_tiny(tiny):
     """A model whose layers do enough for their order to change as others go."""
     model = build_model(tiny, seed=3)
     torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return loud(model)
 
 
 def test_each_unit_that_goes_is_the_least_important_of_its_kind_in_the_model_that_is_left(tiny, images):
     """Removal itself is the reference: in the pruned model the units left have that importance, and none has less."""
-    model, gone = loud(tiny), []
-    found = conditional_importance(model, images, CPU, 2, "zero")
-    for unit, importance in found.items():
-        pruned = family_of(model).remove(loud(tiny), PruningPlan.of(gone), "zero")
-        left = {u: v for u, v in taylor_importance(pruned, images, CPU, 2, "zero").items() if u.kind == unit.kind}
-        assert importance == pytest.approx(left[unit], rel=1e-3, abs=1e-6)
+    model, gone = loud_tiny(tiny), []
+    found = importance(model, images, CPU, 2, "zero", method="conditional")
+    for unit, told in found.items():
+        pruned = family_of(model).remove(loud_tiny(tiny), PruningPlan.of(gone), "zero")
+        left = {u: v for u, v in importance(pruned, images, CPU, 2, "zero").items() if u.kind == unit.kind}
+        assert told == pytest.approx(left[unit], rel=1e-3, abs=1e-6)
         assert left[unit] <= min(left.values()) * (1 + 1e-3)
         gone.append(unit)
     assert set(gone) == set(family_of(model).units(model))
 
 
 def test_the_order_depends_on_what_went_before(tiny, images):
-    at_once, model = taylor_importance(loud(tiny), images, CPU, 2, "zero"), loud(tiny)
-    one_by_one = conditional_importance(model, images, CPU, 2, "zero")
+    at_once, model = importance(loud_tiny(tiny), images, CPU, 2, "zero"), loud_tiny(tiny)
+    one_by_one = importance(model, images, CPU, 2, "zero", method="conditional")
     orders = [[u for u in one_by_one if u.kind == kind] for kind in ("attn", "act")]
     plain = [sorted((u for u in at_once if u.kind == kind), key=lambda u: at_once[u]) for kind in ("attn", "act")]
     assert orders != plain
@@ -63,9 +60,9 @@ def test_the_order_depends_on_what_went_before(tiny, images):
 
 
 def test_the_kinds_take_turns_and_the_model_is_put_back(tiny, images):
-    model = loud(tiny)
+    model = loud_tiny(tiny)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = conditional_importance(model, images, CPU, 1, "zero")
+    found = importance(model, images, CPU, 1, "zero", method="conditional")
     assert [unit.kind for unit in found] == ["attn", "act"] * 4
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

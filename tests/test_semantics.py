@@ -8,6 +8,7 @@ from typing import get_args
 
 import pytest
 import torch
+from conftest import loud
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,7 +20,7 @@ from trainables.dense import build_model, load_weights, read_weights
 from trainables.engine import FADING, Training, evaluate, left_at
 from trainables.export import BadMerge, check_reloaded, export, load_pruned, write_model
 from trainables.formats import load_format
-from trainables.importance import conditional_importance, taylor_importance
+from trainables.importance import importance
 from trainables.long_finetune import finetune
 from trainables.settings import Recipe
 from trainables.tasks import FORMATS, ExportTask, FinetuneTask, TrialTask
@@ -35,14 +36,10 @@ RECIPE = Recipe(epochs=3, batch_size=32, lr=0.02, ema=0.9, distillation="soft")
 SMALL = {"img_size": 28, "patch_size": 7, "in_chans": 1, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
 
 
-def loud(**kwargs) -> torch.nn.Module:
+def small(**kwargs) -> torch.nn.Module:
     """Return a small model whose every weight matters, layer scales too."""
     torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", **SMALL, **kwargs).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return loud(timm.create_model("vit_tiny_patch16_224", **SMALL, **kwargs).eval())
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -69,7 +66,7 @@ FORMULAS = {
 
 @pytest.mark.parametrize("scale", [None, 0.5])
 def test_a_block_computes_the_formula(attention, scale):
-    dense, x = loud(init_values=scale), torch.randn(2, 17, 32)
+    dense, x = small(init_values=scale), torch.randn(2, 17, 32)
     block = dense.blocks[2]
     with torch.no_grad():
         half = FORMULAS[attention](block, x)
@@ -81,7 +78,7 @@ def test_a_block_computes_the_formula(attention, scale):
 
 
 def test_drop_path_in_training_drops_what_identity_leaves_and_not_what_double_does():
-    dense, x = loud(drop_path_rate=1.0), torch.randn(2, 17, 32)
+    dense, x = small(drop_path_rate=1.0), torch.randn(2, 17, 32)
     for each, rest in (("identity", x), ("double", 2 * x), ("zero", x)):
         model = surgery.remove(copy.deepcopy(dense), PruningPlan.parse("attn:3"), each)
         # The last block drops every branch.
@@ -91,7 +88,7 @@ def test_drop_path_in_training_drops_what_identity_leaves_and_not_what_double_do
 @pytest.mark.parametrize("scale", [None, 0.5])
 @given(left=st.floats(0, 1))
 def test_a_fading_block_computes_the_decay(scale, left):
-    dense = loud(init_values=scale)
+    dense = small(init_values=scale)
     x, block = torch.randn(2, 17, 32), dense.blocks[2]
     with torch.no_grad():
         half = (2 - left) * x + left * block.ls1(block.attn(block.norm1(x)))
@@ -101,18 +98,18 @@ def test_a_fading_block_computes_the_decay(scale, left):
 
 
 def test_what_fades_keeps_its_weights_and_ends_as_what_is_removed():
-    dense, model, plan = loud(), loud(), PruningPlan.parse("attn:0,2")
+    dense, model, plan = small(), small(), PruningPlan.parse("attn:0,2")
     surgery.fade(model, 1.0, plan)
     assert list(model.state_dict()) == list(dense.state_dict())
     assert torch.equal(logits(model), logits(dense))
     surgery.fade(model, 0.0, plan)
-    assert torch.equal(logits(model), logits(surgery.remove(loud(), plan, "double")))
+    assert torch.equal(logits(model), logits(surgery.remove(small(), plan, "double")))
     assert torch.equal(logits(surgery.remove(model, plan, "double")), logits(surgery.remove(dense, plan, "double")))
 
 
 def test_at_inference_double_costs_what_zero_does_and_computes_the_same_bit_for_bit():
     for kwargs in ({}, {"init_values": 0.5, "global_pool": "avg"}, {"proj_bias": False}):
-        unmerged = surgery.remove(loud(**kwargs), PruningPlan.parse("attn:0,2,3"), "double")
+        unmerged = surgery.remove(small(**kwargs), PruningPlan.parse("attn:0,2,3"), "double")
         merged = surgery.merge(copy.deepcopy(unmerged))
         assert doublings(merged) == 0
         assert torch.equal(logits(merged), logits(unmerged))
@@ -123,19 +120,19 @@ def test_at_inference_double_costs_what_zero_does_and_computes_the_same_bit_for_
     "kwargs", [{"norm_layer": timm.layers.RmsNorm}, {"final_norm": False}, {"mlp_layer": timm.layers.GluMlp}]
 )
 def test_a_factor_that_cannot_be_folded_exactly_stays(kwargs):
-    unmerged = surgery.remove(loud(**kwargs), PruningPlan.parse("attn:0,2"), "double")
+    unmerged = surgery.remove(small(**kwargs), PruningPlan.parse("attn:0,2"), "double")
     merged = surgery.merge(copy.deepcopy(unmerged))
     assert doublings(merged) == 2
     assert torch.equal(logits(merged), logits(unmerged))
 
 
 def test_pooling_by_attention_before_the_last_norm_keeps_the_factor():
-    unmerged = surgery.remove(loud(global_pool="map", fc_norm=True), PruningPlan.parse("attn:1"), "double")
+    unmerged = surgery.remove(small(global_pool="map", fc_norm=True), PruningPlan.parse("attn:1"), "double")
     assert difference(logits(surgery.merge(copy.deepcopy(unmerged))), logits(unmerged)) <= 1e-6
 
 
 def test_the_layer_scale_of_an_identity_goes_into_the_norm():
-    unmerged = surgery.remove(loud(init_values=0.5), PruningPlan.parse("attn:1"), "identity")
+    unmerged = surgery.remove(small(init_values=0.5), PruningPlan.parse("attn:1"), "identity")
     merged = surgery.merge(copy.deepcopy(unmerged))
     assert isinstance(merged.blocks[1].ls1, torch.nn.Identity)
     assert isinstance(merged.blocks[0].ls1, timm.layers.LayerScale)
@@ -143,7 +140,7 @@ def test_the_layer_scale_of_an_identity_goes_into_the_norm():
 
 
 def test_two_semantics_in_one_model_merge_exactly():
-    first = surgery.remove(loud(init_values=0.5), PruningPlan.parse("attn:0"), "double")
+    first = surgery.remove(small(init_values=0.5), PruningPlan.parse("attn:0"), "double")
     unmerged = surgery.remove(first, PruningPlan.parse("attn:2 act:1"), "identity")
     assert difference(logits(surgery.merge(copy.deepcopy(unmerged))), logits(unmerged)) <= 1e-6
 
@@ -151,8 +148,10 @@ def test_two_semantics_in_one_model_merge_exactly():
 def test_the_three_are_ranked_by_their_own_gates(tiny, tiny_data):
     task = TrialTask(tiny, tiny_data, 0, "cpu", 1, "zero", RECIPE, "")
     images = Workspace(task).images("train", 64)
-    for measure in (taylor_importance, conditional_importance):
-        found = [measure(build_model(tiny, seed=3), images, CPU, 1, each) for each in get_args(Attention)]
+    for method in ("taylor", "conditional"):
+        found = [
+            importance(build_model(tiny, seed=3), images, CPU, 1, each, method=method) for each in get_args(Attention)
+        ]
         attn = [{u: v for u, v in of.items() if u.kind == "attn"} for of in found]
         assert attn[0] != attn[1] != attn[2] != attn[0]
 

@@ -5,9 +5,11 @@ import re
 
 import pytest
 import torch
+from conftest import loud
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from zoo import MEMBERS, RARER, Member, skipping
+from zoo import Member, skipping
+from zoo_members import MEMBERS, RARER
 
 from search_spaces import family_of, offered
 from search_spaces.plan import PruningPlan
@@ -29,11 +31,7 @@ def built(member: Member) -> torch.nn.Module:
     """Return a member, not to be changed, whose every weight matters, scales and biases too."""
     if member.key not in BUILT:
         torch.manual_seed(0)
-        model = member.build().eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        BUILT[member.key] = model
+        BUILT[member.key] = loud(member.build().eval())
     return BUILT[member.key]
 
 

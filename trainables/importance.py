@@ -7,7 +7,8 @@ the same batches: with 24 units and 16 batches, 384 batches forward and backward
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -20,50 +21,53 @@ from trainables.data import ImageSet
 from trainables.tasks import RankTask
 from trainables.workspace import Workspace
 
+Slopes = Callable[[Mapping[Unit, torch.Tensor]], dict[Unit, float]]
+"""Takes gates and returns |dL/dg| of each."""
 
-def taylor_importance(
+
+def importance(
     model: torch.nn.Module,
     images: ImageSet,
     device: torch.device,
     batches: int,
     attention: Attention,
+    *,
+    method: str = "taylor",
     keep: Collection[Unit] = (),
 ) -> dict[Unit, float]:
     """Return the first-order Taylor estimate of the loss change when a unit's gate goes from 1 to 0.
 
     It is |dL/dg| at g = 1, averaged over batches (Molchanov et al. 2019, "Importance Estimation for Neural Network
     Pruning", equation 8, with the gate as the parameter).
+
+    Args:
+        model: the dense model.
+        images: what the loss is of.
+        device: where.
+        batches: of 64 images, to average over.
+        attention: what stays of a removed attention.
+        method: `taylor` estimates all in the dense model; `conditional` removes the least important unit until none is
+            left, the kinds taking turns in proportion to their numbers of units. The gates of what went stay closed, so
+            a unit's importance is that in the model that was left when it went, in whose order they are returned;
+            nothing is trained in between.
+        keep: units that are left out.
     """
     model = model.to(device).eval()
-    with family_of(model).gates(model, attention) as gates:
-        return _slopes(model, {u: gate for u, gate in gates.items() if u not in keep}, images, device, batches)
-
-
-def conditional_importance(
-    model: torch.nn.Module,
-    images: ImageSet,
-    device: torch.device,
-    batches: int,
-    attention: Attention,
-    keep: Collection[Unit] = (),
-) -> dict[Unit, float]:
-    """Remove the least important unit until none is left, and return each unit's importance when it went, in order.
-
-    The kinds take turns in proportion to their numbers of units. The gates of what went stay closed, so importance,
-    the same Taylor estimate, is that in the model that is left; nothing is trained in between.
-    """
-    model = model.to(device).eval()
-    gone: dict[Unit, float] = {}
     with family_of(model).gates(model, attention) as installed:
         gates = {unit: gate for unit, gate in installed.items() if unit not in keep}
-        while len(gone) < len(gates):
-            kind = _next_kind(gates, gone)
-            left = {unit: gate for unit, gate in gates.items() if unit.kind == kind and unit not in gone}
-            found = _slopes(model, left, images, device, batches)
-            least = min(found, key=lambda unit: (found[unit], unit.index))
-            gone[least] = found[least]
-            with torch.no_grad():
-                gates[least].zero_()
+        slopes = partial(_slopes, model, images=images, device=device, batches=batches)
+        return _one_by_one(gates, slopes) if method == "conditional" else slopes(gates)
+
+
+def _one_by_one(gates: Mapping[Unit, torch.Tensor], slopes: Slopes) -> dict[Unit, float]:
+    gone: dict[Unit, float] = {}
+    while len(gone) < len(gates):
+        kind = _next_kind(gates, gone)
+        found = slopes({unit: gate for unit, gate in gates.items() if unit.kind == kind and unit not in gone})
+        least = min(found, key=lambda unit: (found[unit], unit.index))
+        gone[least] = found[least]
+        with torch.no_grad():
+            gates[least].zero_()
     return gone
 
 
@@ -103,9 +107,10 @@ def rank(task: RankTask) -> dict[str, Any]:
     """
     workspace = Workspace(task)
     images = workspace.images("train", 64 * task.batches)
-    measure = conditional_importance if task.method == "conditional" else taylor_importance
-    kept = PruningPlan.parse(task.keep).units
-    found = measure(workspace.dense, images, workspace.device, task.batches, task.attention, kept)
+    found = importance(
+        workspace.dense, images, workspace.device, task.batches, task.attention, method=task.method,
+        keep=PruningPlan.parse(task.keep).units,
+    )  # fmt: skip
     ordered = found if task.method == "conditional" else _least_first(found)
     return {
         "method": task.method,

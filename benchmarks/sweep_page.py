@@ -30,7 +30,7 @@ linear layers, or fewer such blocks, and a model does not count; it may be suppo
 
 Tried out, half of the units of each kind being removed and merged, were {real} names with random weights, where gates
 at 0, the removal and the merged model compute the same within 1e-4 of the largest output (the worst was {worst:.0e}),
-and {meta} larger ones on the meta device, which shows shapes and parameters only. The {asked} others that have units
+and {meta} larger on the meta device, which shows shapes and parameters only. The {asked} others that have units
 were asked, and not tried; {left} names were not looked at. Names that differ by their weights alone are tried once.
 """
 

@@ -100,23 +100,24 @@ def pareto(
     return answers[::-1]
 
 
-def label_of(about: Budget) -> str:
+def label_of(about: Budget, costs: UnitCosts) -> str:
     """Return what a gain is, for a column or an axis."""
     if about.quantity == "speedup":
-        return f"speedup at batch {about.batch}"
+        return f"speedup at batch {about.batch}{', compiled' if costs.compiled else ''}"
     return f"times fewer {'MACs' if about.quantity == 'macs' else 'parameters'}"
 
 
-def pareto_table(answers: Sequence[Answer], about: Budget, dense: Cost, accuracy: float | None) -> str:
+def pareto_table(answers: Sequence[Answer], about: Budget, costs: UnitCosts, accuracy: float | None) -> str:
     """Return one line per answer; accuracies are on val, after a trial's short fine-tune.
 
     Args:
         answers: the front.
         about: its quantity.
-        dense: cost of the dense model.
+        costs: of the dense model and its units.
         accuracy: of the dense model on val; None where it is not known.
     """
-    header = (label_of(about), "cell", "val accuracy", "points to dense", "MACs", "parameters", "status", "plan")
+    dense = costs.dense
+    header = (label_of(about, costs), "cell", "val accuracy", "points to dense", "MACs", "parameters", "status", "plan")
     rows = [
         (
             f"{each.gain:.2f}x", str(each.cell), f"{each.mean:.1%} ± {_Z95 * each.sd:.1%}",

@@ -192,7 +192,8 @@ def told_of(found: Found, batch: str, trials: list[tuple[float, float]]) -> Trad
     exported = (found.export["timing"][batch]["speedup"], found.export) if found.export else None
     rows = [(row["speedup"][batch], row) for row in found.rows]
     chosen = found.chosen["budget"] if found.chosen else ""
-    return Tradeoff(label_of(about), rows, chosen, front, trials, found.dense, exported)
+    assert found.costs is not None
+    return Tradeoff(label_of(about, found.costs), rows, chosen, front, trials, found.dense, exported)
 
 
 def speedups(found: Found) -> tuple[str, list[tuple[float, float]]]:

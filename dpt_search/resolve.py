@@ -22,6 +22,9 @@ def answer(run: Run, budgets: tuple[Budget, ...]) -> Iterator[str]:
     from dpt_search.search_stages import decide
 
     yield recommendation_table(decide(run, budgets)["budgets"])
+    costs = cell_costs(run.store)
+    if costs is not None and costs.costs.compiled:
+        yield "speeds are those of compiled models"
 
 
 def answer_all(run: Run, against: str) -> Iterator[str]:
@@ -43,12 +46,12 @@ def answer_all(run: Run, against: str) -> Iterator[str]:
     from dpt_search.tradeoff_plot import Tradeoff, tradeoff
     from search_spaces.plan import PruningPlan
 
-    found, seen, dense = decide(run, run.config.budgets), observations_of(run), costs.costs.dense
+    found, seen = decide(run, run.config.budgets), observations_of(run)
     most = most_of(costs.ranking.space, run.config.max_attn, run.config.max_act)
     front = pareto(found["surface"], costs, about, most, Counter(each.plan.cell for each in seen))
     checked = run.store.read_json("dense/dense.json")
     told = Tradeoff(
-        label_of(about),
+        label_of(about, costs.costs),
         [(gain_of(costs, about, PruningPlan.parse(row["plan"])), row) for row in found["budgets"]],
         str(run.config.chosen_budget),
         front,
@@ -57,7 +60,7 @@ def answer_all(run: Run, against: str) -> Iterator[str]:
     )
     run.store.write(CSV, pareto_csv(front, costs.costs).encode())
     run.store.write(PLOT, png(partial(tradeoff, told=told), (9.0, 4.8), "light"))
-    yield pareto_table(front, about, dense, checked["accuracy"] if checked else None)
+    yield pareto_table(front, about, costs.costs, checked["accuracy"] if checked else None)
     yield f"\ntable: {run.store.path(CSV)}\nplot: {run.store.path(PLOT)}"
 
 

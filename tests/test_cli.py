@@ -63,7 +63,7 @@ def refused(folder: Path, *argv: str) -> str:
     return done.stderr.removeprefix("dpt-search: ").strip()
 
 
-def write_run(folder: Path, *, costs: bool = False) -> RunStore:
+def write_run(folder: Path, *, costs: bool = False, compiled: bool = False) -> RunStore:
     """Write the run of a model with four blocks, up to the search's end."""
     store = RunStore(str(folder))
     told = {"config": asdict(CONFIG), "versions": {}, "commit": "", "created": 1.0, "command": ""}
@@ -80,7 +80,7 @@ def write_run(folder: Path, *, costs: bool = False) -> RunStore:
         rows = [{"kind": "dense", "index": -1, **dict(zip(names, (1e7, 6e5, 6e-3, 5e-2), strict=True)), **zero}]
         for kind, saved in {"attn": (3e5, 2e4, 1e-3, 1e-2), "act": (5e5, 3e4, 5e-4, 5e-3)}.items():
             rows += [{"kind": kind, "index": i, **dict(zip(names, saved, strict=True)), **zero} for i in range(4)]
-        write_costs(store, "a CPU", rows)
+        write_costs(store, "a CPU", rows, {"compiled": compiled})
     return store
 
 
@@ -207,6 +207,14 @@ def test_resolve_without_a_budget_answers_all_of_them(tmp_path: Path) -> None:
     assert done.stdout.startswith("times fewer parameters ")
     assert "set accuracy against 'units'" in refused(tmp_path, "resolve", "run", "--against", "units")
     assert "speed is known at batch 1, 64 only" in refused(tmp_path, "resolve", "run", "--against", "speedup@2")
+
+
+def test_resolve_says_where_speeds_are_of_compiled_models(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", costs=True, compiled=True)
+    done = start("-m", "dpt_search", "resolve", "run", cwd=tmp_path)
+    assert done.stdout.startswith("speedup at batch 64, compiled ")
+    done = start("-m", "dpt_search", "resolve", "run", "--budget", "units=2", cwd=tmp_path)
+    assert done.stdout.splitlines()[-1] == "speeds are those of compiled models"
 
 
 def test_resolve_reads_only(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Averages models of one surface by how well they explain the trials, and keeps beliefs near what was seen.
 
 Whether a polynomial or a hint helps differs from surface to surface, so neither is taken on trust: the residual alone,
-with a polynomial, and with hints too are weighted by their marginal likelihood. Arrays in, arrays out.
+with a polynomial, and with one hint after another are weighted by their marginal likelihood. Arrays in, arrays out.
 """
 
 from __future__ import annotations
@@ -18,9 +18,6 @@ FENCE = 0.05
 """Means stay within this of the observed accuracies, in units of accuracy; what is beyond is drawn in, in its order."""
 NEGLIGIBLE = 0.01
 """A model of less weight is left out."""
-_TRUST = 8.0
-"""How many times as likely as all else it is, before any trial, that hints help: probes of real surfaces all did, and
-trials take it back soon enough where they do not. With less, first trials that tell little blur what hints know."""
 
 
 class Blend:
@@ -31,15 +28,15 @@ class Blend:
         Args:
             points: [cells, 2], the ratios of every cell of a full lattice.
             degree: total degree of the polynomial; 0 leaves it out.
-            hints: earlier surfaces.
+            hints: earlier surfaces, the one that is trusted most first.
         """
         self.models = [Surface(points, 0)]
         if degree:
             self.models.append(Surface(points, degree))
         shares = [1.0] * len(self.models)
-        if hints:
-            self.models.append(Surface(points, degree, hints))
-            shares.append(_TRUST * sum(shares))
+        for known in range(1, len(hints) + 1):
+            self.models.append(Surface(points, degree, hints[:known]))
+            shares.append(hints[known - 1].trust * sum(shares))
         self._prior = np.log(shares)
 
     def fit(self, data: Data) -> list[tuple[Hyperparameters, float]]:

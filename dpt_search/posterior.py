@@ -99,10 +99,12 @@ class Hint:
     Attributes:
         mean: [cells], in units of accuracy.
         covariance: [cells, cells] of what it is not sure of; None where that is not known.
+        trust: how many times as likely it is, before any trial, that it helps than that it does not.
     """
 
     mean: Array
     covariance: Array | None = None
+    trust: float = 0.3
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpt_search.blend import FENCE, Blend
+from dpt_search.hints import PROBE_TRUST
 from dpt_search.map_predictor import monomials
 from dpt_search.map_sampler import MapSampler, ratios
 from dpt_search.posterior import Data, Hint, Surface
@@ -111,12 +112,33 @@ def test_a_good_hint_decides_at_once_and_a_wrong_one_costs_little():
         upside_down = truth.reshape(13, 13).T.ravel()[::-1]
         few, many = observe(truth, 2, 0.003, seed), observe(truth, 20, 0.003, seed)
         hint = truth + 0.002 * np.random.default_rng(seed).standard_normal(len(truth))
-        hinted.append(regret(truth, Blend(POINTS, hints=[Hint(hint)]).posterior(few).mean))
+        hinted.append(regret(truth, Blend(POINTS, hints=[Hint(hint, trust=PROBE_TRUST)]).posterior(few).mean))
         unhinted.append(regret(truth, Blend(POINTS).posterior(few).mean))
         wrong.append(regret(truth, Blend(POINTS, hints=[Hint(upside_down)]).posterior(many).mean))
         plain.append(regret(truth, Blend(POINTS).posterior(many).mean))
     assert np.mean(hinted) < 0.3 * np.mean(unhinted)
     assert np.mean(wrong) < np.mean(plain) + 0.002
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_hint_counts_as_much_as_it_is_trusted(seed):
+    truth = quadratic(seed)
+    seen, misleading = observe(truth, 3, 0.003, seed), truth.reshape(13, 13)[::-1, ::-1].ravel()
+    plain = Blend(POINTS).posterior(seen).mean
+    moved = [
+        np.abs(Blend(POINTS, hints=[Hint(misleading, trust=trust)]).posterior(seen).mean - plain).mean()
+        for trust in (Hint(misleading).trust, PROBE_TRUST)
+    ]
+    assert moved[0] < 0.2 * moved[1]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_wrong_earlier_run_takes_little_from_a_good_probe(seed):
+    truth = quadratic(seed)
+    seen, misleading = observe(truth, 3, 0.003, seed), truth.reshape(13, 13)[::-1, ::-1].ravel()
+    probe = Hint(truth, trust=PROBE_TRUST)
+    alone, both = (Blend(POINTS, hints=hints).posterior(seen).mean for hints in ([probe], [probe, Hint(misleading)]))
+    assert np.abs(both - truth).mean() < np.abs(alone - truth).mean() + 0.001
 
 
 @given(seed=st.integers(0, 10_000), n=st.integers(2, 12))
@@ -142,5 +164,5 @@ def test_a_single_trial_does_not_blur_what_a_hint_knows():
     for seed in range(8):
         hint = quadratic(seed)
         seen = observe(quadratic(seed + 100), 1, 0.003, seed)
-        lost.append(regret(hint, Blend(POINTS, hints=[Hint(hint)]).posterior(seen).mean))
+        lost.append(regret(hint, Blend(POINTS, hints=[Hint(hint, trust=PROBE_TRUST)]).posterior(seen).mean))
     assert np.mean(lost) < 0.0025

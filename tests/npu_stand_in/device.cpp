@@ -142,6 +142,21 @@ at::Tensor as_strided(
   return at::native::as_strided_tensorimpl(tensor, size, stride, offset);
 }
 
+at::Tensor& set_storage(
+    at::Tensor& tensor, c10::Storage source, int64_t offset, c10::IntArrayRef size, c10::IntArrayRef stride) {
+  auto* impl = tensor.unsafeGetTensorImpl();
+  impl->set_storage_keep_dtype(std::move(source));
+  impl->set_storage_offset(offset);
+  if (stride.empty()) impl->set_sizes_contiguous(size);
+  else impl->set_sizes_and_strides(size, stride);
+  return tensor;
+}
+
+at::Tensor& set_whole_storage(at::Tensor& tensor, c10::Storage source) {
+  auto count = static_cast<int64_t>(source.nbytes() / tensor.itemsize());
+  return set_storage(tensor, std::move(source), 0, {count}, {});
+}
+
 at::Tensor convolution(
     const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias, c10::IntArrayRef stride,
     c10::IntArrayRef padding, c10::IntArrayRef dilation, bool transposed, c10::IntArrayRef output_padding,
@@ -181,6 +196,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_copy_from", &copy_from);
   m.impl("_copy_from_and_resize", &copy_from_and_resize);
   m.impl("resize_", &resize);
+  m.impl("set_.source_Storage", &set_whole_storage);
+  m.impl("set_.source_Storage_storage_offset", &set_storage);
   m.impl("as_strided", &as_strided);
   m.impl("view", &at::native::view);
   m.impl("_reshape_alias", &at::native::_reshape_alias);

@@ -56,17 +56,32 @@ def describe(folder: Path, version: str, npus: int = 0) -> Path:
     return folder
 
 
-def install_without_driver(folder: Path) -> Path:
-    """Put a `torch_npu` into a folder that fails as Huawei's does where CANN is not installed."""
+def with_npus(host: Path, folder: Path, npus: int) -> Path:
+    """Copy what `install` made, for a host with another number of NPUs."""
+    shutil.copytree(host, folder)
+    (folder / "npus.txt").write_text(str(npus))
+    return folder
+
+
+def install_broken(folder: Path, code: str, version: str = TORCH, npus: int = 0) -> Path:
+    """Put a `torch_npu` of one file into a folder."""
     package = folder / "torch_npu"
     package.mkdir(parents=True)
-    (package / "__init__.py").write_text(f"raise ImportError({MISSING_SHARED_LIBRARY!r})\n")
-    return describe(folder, TORCH)
+    (package / "__init__.py").write_text(code)
+    if npus:
+        shutil.copy(HERE / "acl.py", folder)
+    return describe(folder, version, npus)
+
+
+def install_without_driver(folder: Path) -> Path:
+    """Put a `torch_npu` into a folder that fails as Huawei's does without CANN; a file `tried` tells that it was."""
+    trace = f"import pathlib; pathlib.Path({str(folder / 'tried')!r}).touch()"
+    return install_broken(folder, f"{trace}\nraise ImportError({MISSING_SHARED_LIBRARY!r})\n")
 
 
 def install_cards_only(folder: Path, npus: int = 1) -> Path:
     """Put into a folder what a host has whose NPUs Ray sees, but where nobody installed `torch_npu`."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     shutil.copy(HERE / "acl.py", folder)
     (folder / "npus.txt").write_text(str(npus))
     return folder

@@ -85,6 +85,9 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   void setCurrentDevice(DeviceIndex device) const override { current = device; }
   const at::Generator& getDefaultGenerator(DeviceIndex) const override { return at::detail::getDefaultCPUGenerator(); }
   at::Generator getNewGenerator(DeviceIndex) const override { return at::make_generator<at::CPUGeneratorImpl>(); }
+  // DDP insists on pinned memory; all of the host's is as good.
+  c10::Allocator* getPinnedMemoryAllocator() const override { return c10::GetCPUAllocator(); }
+  bool isPinnedPtr(const void*) const override { return true; }
   void resizePrivateUse1Bytes(const c10::Storage& storage, size_t bytes) const override {
     auto memory = allocator.allocate(bytes);
     std::memcpy(memory.get(), storage.data(), std::min(bytes, storage.nbytes()));

@@ -16,14 +16,29 @@ import yaml
 from driver import embedded_part
 
 from search_spaces import family_of
-from search_spaces.plan import PruningPlan
+from search_spaces.plan import PruningPlan, Ranking
+from search_spaces.ratios import Cell
+from trainables.absorb import absorb_gates
 from trainables.checkpoints import load_state
 from trainables.devices import describe, device_problem, torch_device
 from trainables.export import export
+from trainables.importance import rank
 from trainables.long_finetune import finetune
+from trainables.probe import run_probe
 from trainables.profiling import profile
 from trainables.settings import DataSettings, ModelSettings, Recipe
-from trainables.tasks import ExportTask, FinetuneTask, ProfileTask, Task, TrialTask
+from trainables.tasks import (
+    AbsorbTask,
+    ExportTask,
+    FinetuneTask,
+    ProbeTask,
+    ProfileTask,
+    RankTask,
+    Task,
+    TimingTask,
+    TrialTask,
+)
+from trainables.timing import time_plans
 from trainables.trial import Trial
 from trainables.workspace import Workspace
 
@@ -129,6 +144,42 @@ def test_a_trial_trains_as_on_the_cpu_and_goes_on_from_its_state(on_npu, task, t
     again, resumed = on_npu(trained, tasks[2])
     assert again["accuracies"] == record["accuracies"]
     assert all(torch.equal(resumed[name], weights[name]) for name in weights)
+
+
+def test_units_are_ranked_as_on_the_cpu(on_npu, task) -> None:
+    told = {**vars(task), "batches": 2}
+    here, found = rank(RankTask(**told)), on_npu(rank, there(RankTask(**told)))
+    for kind in ("attn", "act"):
+        assert found[kind] == here[kind]
+
+
+def test_the_probe_evaluates_cells_as_on_the_cpu(on_npu, task, tmp_path) -> None:
+    recipe, cells = Recipe(epochs=1, batch_size=32, lr=1e-3), (Cell(0, 0), Cell(2, 4), Cell(6, 6))
+    order = Ranking(tuple(range(12)), tuple(range(12)))
+    tasks = [
+        ProbeTask(**vars(told), recipe=recipe, ranking=order, lines=(), cells=cells, draw="uniform", sandwich=True,
+                  folder=str(tmp_path / told.device))
+        for told in (task, there(task))
+    ]  # fmt: skip
+    here, found = run_probe(tasks[0]), on_npu(run_probe, tasks[1])
+    assert found["device"] == NAME
+    for row, expected in zip(found["rows"], here["rows"], strict=True):
+        assert row["cost"] == expected["cost"]
+        assert abs(row["accuracy"] - expected["accuracy"]) <= 0.02  # two of 100 images
+
+
+def test_gates_are_absorbed_as_on_the_cpu(on_npu, task, tmp_path) -> None:
+    model = replace(task.model, name="vit_giant_patch14_dinov2", checkpoint="", gated="absorb")
+    model = replace(model, kwargs={**model.kwargs, "depth": 2})
+    told = AbsorbTask(**vars(replace(task, model=model)), weights=str(tmp_path / "weights"), batches=2)
+    assert on_npu(absorb_gates, there(told))["errors"] == pytest.approx(absorb_gates(told)["errors"], rel=1e-3)
+
+
+def test_plans_are_built_and_timed_there(on_npu, task) -> None:
+    plans = (str(PLAN), "act:0-11")
+    found = on_npu(time_plans, TimingTask(**vars(there(task)), batches=(8,), seconds=2.0, plans=plans))
+    assert list(found) == list(plans)
+    assert all(each["8"]["merged_seconds"] > 0 for each in found.values())
 
 
 def test_the_profile_is_of_the_npu(on_npu, task) -> None:

@@ -17,6 +17,10 @@ DeviceName = Literal["cpu", "cuda", "npu"]
 """The rows of `DEVICES`, as settings name them."""
 
 
+class NoDevice(BadInput, RuntimeError):
+    """This process cannot use a device; one on another node may, so a process is let go for it as for its errors."""
+
+
 @dataclass(frozen=True)
 class Device:
     """One kind of device.
@@ -28,6 +32,7 @@ class Device:
         backend: collective communication backend.
         autocast: dtype name for mixed precision; empty where full precision is used.
         fused: whether torch's AdamW updates all parameters in one kernel there.
+        float64: whether it multiplies matrices of float64.
         advice: what to do where the extension does not load, or finds no device.
     """
 
@@ -37,7 +42,13 @@ class Device:
     backend: str
     autocast: str
     fused: bool
+    float64: bool
     advice: str = ""
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether Ray calls it a GPU, for which some of its settings are."""
+        return self.resource == "GPU"
 
     @property
     def dtype(self) -> str:
@@ -52,9 +63,9 @@ class Device:
 
 _ASCEND = "on a host with NPUs source set_env.sh of Ascend's CANN before Ray starts; elsewhere pip uninstall torch_npu"
 DEVICES: dict[str, Device] = {
-    "cpu": Device("cpu", "CPU", "", "gloo", "", fused=True),
-    "cuda": Device("cuda", "GPU", "", "nccl", "bfloat16", fused=True),
-    "npu": Device("npu", "NPU", "torch_npu", "hccl", "bfloat16", fused=False, advice=_ASCEND),
+    "cpu": Device("cpu", "CPU", "", "gloo", "", fused=True, float64=True),
+    "cuda": Device("cuda", "GPU", "", "nccl", "bfloat16", fused=True, float64=True),
+    "npu": Device("npu", "NPU", "torch_npu", "hccl", "bfloat16", fused=False, float64=False, advice=_ASCEND),
 }
 RAY_ARGUMENTS = {"CPU": "num_cpus", "GPU": "num_gpus"}
 """Resources that Ray takes as arguments of their own; all others it takes by name."""
@@ -135,17 +146,17 @@ def _does_not_load(device: Device, error: BaseException) -> str:
 
 
 def check_device(name: str) -> None:
-    """Raise BadInput with what `device_problem` tells, if it tells anything."""
+    """Raise NoDevice with what `device_problem` tells, if it tells anything."""
     problem = device_problem(name)
     if problem:
-        raise BadInput(problem)
+        raise NoDevice(problem)
 
 
 def torch_device(name: str) -> torch.device:
     """Return the torch device of this process: the current one, which is 0 unless `use_device` chose another.
 
     Raises:
-        BadInput: it cannot be used here, for the reason that `device_problem` tells.
+        NoDevice: it cannot be used here, for the reason that `device_problem` tells.
     """
     check_device(name)
     import torch

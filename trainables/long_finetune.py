@@ -120,7 +120,7 @@ def train_with_ray(task: FinetuneTask, resources: dict[str, float]) -> dict[str,
             train_loop_config={"task": task},
             torch_config=TorchConfig(backend=device.backend),
             scaling_config=ScalingConfig(
-                num_workers=task.workers, use_gpu=device.resource == "GPU", resources_per_worker=resources
+                num_workers=task.workers, use_gpu=device.is_gpu, resources_per_worker=resources
             ),
             run_config=RunConfig(name="finetune", storage_path=scratch, failure_config=FailureConfig(max_failures=3)),
         )

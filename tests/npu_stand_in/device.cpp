@@ -104,9 +104,11 @@ at::Tensor empty_strided(
     TORCH_CHECK(device->index() < count, "there is no npu:", int(device->index()), ", only ", int(count));
     current = device->index();
   }
+  auto type = dtype.value_or(at::typeMetaToScalarType(at::get_default_dtype()));
+  // An NPU multiplies no matrices of float64, so nothing of ours is to have any there.
+  TORCH_CHECK(type != at::kDouble, "float64 on an NPU");
   return at::detail::empty_strided_generic(
-      size, stride, &allocator, c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
-      dtype.value_or(at::typeMetaToScalarType(at::get_default_dtype())));
+      size, stride, &allocator, c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), type);
 }
 
 at::Tensor empty(

@@ -170,13 +170,13 @@ def test_the_probe_evaluates_cells_as_on_the_cpu(on_npu, task, tmp_path) -> None
 
 def test_gates_are_absorbed_as_on_the_cpu(on_npu, task, tmp_path) -> None:
     model = replace(task.model, name="vit_giant_patch14_dinov2", checkpoint="", gated="absorb")
-    model = replace(model, kwargs={**model.kwargs, "depth": 2})
+    model = replace(model, kwargs={**model.kwargs, "embed_dim": 32, "depth": 2})
     told = AbsorbTask(**vars(replace(task, model=model)), weights=str(tmp_path / "weights"), batches=2)
     assert on_npu(absorb_gates, there(told))["errors"] == pytest.approx(absorb_gates(told)["errors"], rel=1e-3)
 
 
 def test_plans_are_built_and_timed_there(on_npu, task) -> None:
-    plans = (str(PLAN), "act:0-11")
+    plans = (str(PLAN), str(PruningPlan(act=tuple(range(12)))))
     found = on_npu(time_plans, TimingTask(**vars(there(task)), batches=(8,), seconds=2.0, plans=plans))
     assert list(found) == list(plans)
     assert all(each["8"]["merged_seconds"] > 0 for each in found.values())

@@ -176,7 +176,7 @@ def against_dense(dense: dict[str, float], merged: dict[str, float]) -> dict[str
 
 
 def merged_without(dense: torch.nn.Module, plan: PruningPlan, attention: Attention) -> torch.nn.Module:
-    """Return a merged copy of a model without a plan's units, on the CPU: not every accelerator multiplies float64."""
+    """Return a merged copy of a model without a plan's units."""
     family = family_of(dense)
-    model: torch.nn.Module = family.merge(family.remove(copy.deepcopy(dense).cpu(), plan, attention)).eval()
+    model: torch.nn.Module = family.merge(family.remove(copy.deepcopy(dense), plan, attention)).eval()
     return model

@@ -5,6 +5,7 @@
 is named in PYTHONPATH, as if it were installed.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,7 @@ def use(folder: str) -> None:
 
 def tools_missing() -> str:
     """Say which of the tools that build the device are not on this machine; empty where all are."""
-    return ", ".join(tool for tool in ("g++", "ninja") if shutil.which(tool) is None)
+    return ", ".join(tool for tool in (os.environ.get("CXX", "c++"), "ninja") if shutil.which(tool) is None)
 
 
 def install(folder: Path, npus: int = 2) -> Path:

@@ -28,7 +28,7 @@ from dpt_search.options import read_config
 from search_spaces.costs import UnitCosts
 from search_spaces.plan import PruningPlan, Unit
 from trainables.compiling import compiled
-from trainables.devices import torch_device
+from trainables.devices import DEVICES, torch_device
 from trainables.profiling import profile
 from trainables.settings import DataSettings, ModelSettings
 from trainables.tasks import ProfileTask
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="for all plans of a model at a batch size")
     parser.add_argument("--fewest", type=int, default=FEWEST, help="rounds to take though they take longer")
     parser.add_argument("--compiled", action="store_true", help="of compiled models")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "npu"])
+    parser.add_argument("--device", default="cpu", choices=list(DEVICES))
     parser.add_argument("--out", type=Path, default=None, help="left out: results/cost_model-HARDWARE-TORCH.json")
     args = parser.parse_args()
     torch.set_num_threads(1)

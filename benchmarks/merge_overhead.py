@@ -29,7 +29,7 @@ from torch import nn
 from search_spaces import family_of
 from search_spaces.plan import PruningPlan, Unit
 from search_spaces.timm_compat import timm
-from trainables.devices import describe, torch_device
+from trainables.devices import DEVICES, describe, torch_device
 from trainables.intervals import median_interval
 from trainables.timing import FEWEST, calls_within, clock_of, count_macs, merged_without
 from trainables.workspace import versions
@@ -41,7 +41,7 @@ GOAL = 1.03
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "npu"])
+    parser.add_argument("--device", default="cpu", choices=list(DEVICES))
     parser.add_argument("--models", default=MODELS, help="timm names, separated by commas")
     parser.add_argument("--cells", nargs="+", default=CELLS, help="attentions,activations removed")
     parser.add_argument("--batches", default="1,64")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from dpt_search.config import BadConfig
 from dpt_search.options import recorded_config
@@ -13,6 +13,7 @@ from dpt_search.run import Run
 from dpt_search.store import BadRun, RunStore
 from dpt_search.summary import text_table
 from search_spaces import BadInput
+from trainables.devices import DeviceName
 from trainables.locations import exists
 from trainables.settings import ModelSettings
 from trainables.tasks import FORMATS, BenchModel, BenchTask
@@ -35,7 +36,7 @@ class Request:
 
     models: Sequence[str]
     batches: tuple[int, ...]
-    device: Literal["cpu", "cuda", "npu"]
+    device: DeviceName
     threads: int
     seconds: float
     compiled: bool

@@ -10,6 +10,7 @@ from typing import Any
 
 from dpt_search.options import DESCRIPTIONS, parse, read_config, recorded_config, simple_parser
 from search_spaces import BadInput
+from trainables.devices import DEVICES
 
 HELP = """usage: dpt-search VERB [options]
 
@@ -221,7 +222,7 @@ def _bench(argv: list[str]) -> int:
     what = "A run directory (its export), an export/ folder, a .pt2 or .onnx file, dense:RUN or timm:NAME."
     parser.add_argument("models", metavar="MODEL", nargs="+", help=what)
     parser.add_argument("--batch", default="1,64", help="Batch sizes (default: 1,64).")
-    parser.add_argument("--device", choices=["cpu", "cuda", "npu"], default="cpu", help="Where (default: cpu).")
+    parser.add_argument("--device", choices=list(DEVICES), default="cpu", help="Where (default: cpu).")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1).")
     parser.add_argument("--seconds", type=float, default=10.0, help="Time for each batch size (default: 10).")
     parser.add_argument("--compiled", action="store_true", help="Compile the models first; ONNX stays as it is.")

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from search_spaces import BadInput
 from search_spaces.budgets import Budget, parse_budgets
 from search_spaces.plan import Attention, PruningPlan
+from trainables.devices import DeviceName
 from trainables.settings import DataSettings, ModelSettings, Recipe
 from trainables.tasks import FORMATS
 
@@ -43,7 +44,7 @@ class RunConfig:
     """Directory of the run: a path or a pyarrow.fs URI (s3://, gs://, hdfs://)."""
     seed: int = 0
     """Fixes splits, subset, order, trials and sampler."""
-    device: Literal["cpu", "cuda", "npu"] = "cpu"
+    device: DeviceName = "cpu"
     """Where models run."""
     budget: str = "units=4,6,8,10"
     """What results must reach: units=8 removed; speedup=1.5 at batch 64, speedup@1=1.3 at batch 1; macs=0.6 or

@@ -12,8 +12,10 @@ from typing import Any
 
 from dpt_search.remote import StageFailed, call_here
 from dpt_search.run import versions
+from trainables.devices import DEVICES, Device
 from trainables.settings import ModelSettings
 
+_DEVICE = "import sys; from trainables.devices import describe, device_problem as why, torch_device; n = {name!r}; "
 _CHECKS = {
     "torch": "import torch; print(torch.__version__, f'with {torch.get_num_threads()} threads')",
     "timm": (
@@ -21,11 +23,20 @@ _CHECKS = {
     ),
     "ray": "import ray; print(ray.__version__)",
 }
-_DEVICE = "from trainables.devices import describe, torch_device; d = torch_device({name!r}); print(describe(d))"
+_DEVICE = """
+import sys
+from trainables.devices import describe, device_problem, torch_device
+problem = device_problem({name!r})
+if problem:
+    sys.exit(problem)
+print(describe(torch_device({name!r})))
+"""
 
 
 def examine(model: ModelSettings) -> Iterator[tuple[str, bool]]:
     """Yield one finding after another, each with whether it is as it should be.
+
+    Where torch does not load, no more is said than why: everything else would fail for the same reason.
 
     Args:
         model: a model to look at; without a name none.
@@ -33,17 +44,25 @@ def examine(model: ModelSettings) -> Iterator[tuple[str, bool]]:
     Raises:
         BadInput: timm does not know the model's name or an argument; before the first finding.
     """
-    about_model = list(_model_lines(model)) if model.name else []
+    cpu = _line("device cpu", _DEVICE.format(name="cpu"))
+    about_model = list(_model_lines(model)) if model.name and cpu[1] else []
     found = versions()
     yield ", ".join(f"{name} {version}" for name, version in found.items()), True
     yield f"{os.cpu_count()} CPU cores, {shutil.disk_usage('.').free / 2**30:.0f} GiB of disk free here", True
-    for name, code in _CHECKS.items():
+    for name, code in _CHECKS.items() if cpu[1] else [("ray", _CHECKS["ray"])]:
         yield _line(name, code)
-    yield _line("device cpu", _DEVICE.format(name="cpu"))
-    for name in ("cuda", "npu"):
-        text, ok = _line(f"device {name}", _DEVICE.format(name=name))
-        yield (text if ok else f"device {name}: none on this machine"), True
+    yield cpu if cpu[1] else (cpu[0].replace("device cpu", "torch", 1), False)
+    for name in [name for name in DEVICES if name != "cpu" and cpu[1]]:
+        yield _accelerator(DEVICES[name])
     yield from about_model
+
+
+def _accelerator(device: Device) -> tuple[str, bool]:
+    """Return what there is of an accelerator. None is as it should be, unless something for it is installed here."""
+    text, ok = _line(f"device {device.name}", _DEVICE.format(name=device.name))
+    if not ok and not device.extension_version:
+        return f"device {device.name}: none on this machine", True
+    return text, ok
 
 
 def _model_lines(model: ModelSettings) -> Iterator[tuple[str, bool]]:

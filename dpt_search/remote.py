@@ -12,7 +12,7 @@ from typing import Any
 
 from dpt_search.config import BadConfig, RunConfig
 from search_spaces import BadInput
-from trainables.devices import DEVICES
+from trainables.devices import DEVICES, RAY_ARGUMENTS
 
 OBJECT_STORE_BYTES = 200 * 2**20
 RETRIES = 2
@@ -185,10 +185,9 @@ def _remote(wanted: dict[str, float], calls: int) -> Any:
     """Return `_call` as a Ray function whose process ends after so many calls; 0 for never."""
     import ray
 
-    others = {name: amount for name, amount in wanted.items() if name not in ("CPU", "GPU")}
-    return ray.remote(
-        num_cpus=wanted["CPU"], num_gpus=wanted.get("GPU", 0), resources=others, max_calls=calls, max_retries=RETRIES
-    )(_call)
+    own = {RAY_ARGUMENTS[name]: amount for name, amount in wanted.items() if name in RAY_ARGUMENTS}
+    others = {name: amount for name, amount in wanted.items() if name not in RAY_ARGUMENTS}
+    return ray.remote(**own, resources=others, max_calls=calls, max_retries=RETRIES)(_call)
 
 
 def _value(target: str, outcome: tuple[str, Any]) -> Any:

@@ -71,16 +71,27 @@ class Run:
         """Start or join Ray, once; it is left when the run is."""
         self.session.start(self)
 
-    def call(self, target: str, *args: Any, cpus: float = 1, on_wait: Callable[[], None] = lambda: None) -> Any:
+    def call(
+        self,
+        target: str,
+        *args: Any,
+        cpus: float = 1,
+        devices: float = 1.0,
+        on_wait: Callable[[], None] = lambda: None,
+    ) -> Any:
         """Call a function on a worker (see `remote.call`)."""
         self.start_ray()
-        devices = 0.0 if cpus == 0 else 1.0
         return call(self.config, target, *args, cpus=cpus, devices=devices, on_wait=on_wait)
 
     @property
     def resources(self) -> dict[str, float]:
-        """Ray resources of one trial, or of one worker of the long fine-tune."""
+        """Ray resources of one trial."""
         return resources(self.config, self.config.cpus_per_trial, self.config.devices_per_trial)
+
+    @property
+    def finetune_resources(self) -> dict[str, float]:
+        """Ray resources of one worker of the long fine-tune: workers that communicate cannot share an accelerator."""
+        return resources(self.config, self.config.cpus_per_trial, 1.0)
 
     @property
     def model(self) -> ModelSettings:

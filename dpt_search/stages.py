@@ -34,8 +34,9 @@ def dense(run: Run) -> None:
 
     def work(digest: str) -> None:
         config = run.config
+        # Before anything is trained.
+        run.call("trainables.devices:check_device", config.device)
         if config.compiled:
-            # Before anything is trained.
             run.call("trainables.compiling:check_compiler_of", config.device)
         errors = _absorb(run)
         before = run.task() | {"model": run.unadapted}

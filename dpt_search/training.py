@@ -10,6 +10,10 @@ from search_spaces.plan import PruningPlan
 from trainables.settings import Recipe
 from trainables.tasks import FinetuneTask
 
+COORDINATOR = 0.01
+"""Share of a worker's CPUs and accelerator that goes to what coordinates all workers. It imports torch, so it has to
+run on a node that has the device; if nothing were taken off the workers for it, they could take all there is."""
+
 
 def train(
     run: Run, told: dict[str, Any], plan: PruningPlan, recipe: Recipe, folder: str, digest: str
@@ -35,9 +39,11 @@ def train(
         start=run.start_weights if plan.units else "",
     )  # fmt: skip
     lines = EpochLines(run.say, run.store, f"{folder}/progress.json", digest, recipe.epochs)
+    each = {name: amount - COORDINATOR for name, amount in run.finetune_resources.items()}
     result: dict[str, Any] = run.call(
-        "trainables.long_finetune:train_with_ray", task, run.resources, cpus=0, on_wait=lines.show
-    )
+        "trainables.long_finetune:train_with_ray", task, each, cpus=COORDINATOR, devices=COORDINATOR,
+        on_wait=lines.show,
+    )  # fmt: skip
     lines.show()
     return result
 
@@ -46,7 +52,7 @@ def _workers(run: Run) -> int:
     """Return the number of workers: what was asked for, or what this machine holds; a cluster may still grow."""
     from dpt_search.remote import capacity, is_cluster
 
-    wanted, held = run.config.finetune_workers, capacity(run.resources)
+    wanted, held = run.config.finetune_workers, capacity(run.finetune_resources)
     if wanted <= held or is_cluster():
         return wanted
     fits = max(n for n in range(1, held + 1) if wanted % n == 0)

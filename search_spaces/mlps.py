@@ -88,9 +88,11 @@ def _product(first: nn.Linear, second: nn.Linear) -> nn.Linear:
     """Return `W = W2 @ W1`, `b = W2 @ b1 + b2`, formed in float64 and rounded once."""
     device, dtype = first.weight.device, first.weight.dtype
     product = nn.Linear(first.in_features, second.out_features, device=device, dtype=dtype)
-    w1, w2 = first.weight.double(), second.weight.double()
-    b1 = first.bias.double() if first.bias is not None else w1.new_zeros(len(w1))
-    b2 = second.bias.double() if second.bias is not None else w2.new_zeros(len(w2))
+    # On the CPU: not every accelerator multiplies float64. Weights on `meta` are none, and stay there.
+    host = device if device.type == "meta" else torch.device("cpu")
+    w1, w2 = first.weight.to(host, torch.float64), second.weight.to(host, torch.float64)
+    b1 = first.bias.to(host, torch.float64) if first.bias is not None else w1.new_zeros(len(w1))
+    b2 = second.bias.to(host, torch.float64) if second.bias is not None else w2.new_zeros(len(w2))
     product.weight.copy_(w2 @ w1)
     product.bias.copy_(w2 @ b1 + b2)
     product.weight.requires_grad_(second.weight.requires_grad)

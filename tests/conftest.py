@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
+import npu_stand_in
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -178,6 +179,14 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
             make(folder)
             (folder / "made").touch()
     return folder
+
+
+@pytest.fixture(scope="session")
+def npu_host(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that, in PYTHONPATH, makes this machine one with two NPUs."""
+    if missing := npu_stand_in.tools_missing():
+        pytest.skip(f"the stand-in for an NPU cannot be built here without {missing}")
+    return made_once(tmp_path_factory, "npu_host", npu_stand_in.install)
 
 
 @pytest.fixture(scope="session")

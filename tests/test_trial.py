@@ -9,8 +9,9 @@ import torch
 from ray import tune
 
 from search_spaces.plan import PruningPlan
+from trainables.devices import NoDevice, device_problem
 from trainables.engine import evaluate
-from trainables.pruning_trial import PruningTrial
+from trainables.pruning_trial import PruningTrial, error_location
 from trainables.settings import Recipe
 from trainables.tasks import TrialTask
 from trainables.timing import count_macs
@@ -188,6 +189,13 @@ def test_a_trial_that_fails_says_why_in_its_result_and_the_actor_lives_on(traina
     if not changes:
         running.reset({"trial": 1, "plan": "act:0", "seed": 11})
         assert running.train()["error"] == ""
+
+
+@pytest.mark.skipif(not device_problem("npu"), reason="there is an NPU here")
+def test_a_process_that_cannot_use_its_accelerator_is_let_go_and_leaves_the_reason(trainable, task):
+    with pytest.raises(NoDevice):
+        trainable(device="npu").train()
+    assert Path(error_location(task, 0)).read_text() == device_problem("npu")
 
 
 def test_a_trial_that_runs_too_long_says_so_and_keeps_its_record(trainable):

@@ -7,9 +7,11 @@ from itertools import islice
 from typing import Any
 
 import safetensors.torch
+import torch
 
 from search_spaces.gated import absorb, gated_paths
 from trainables.dense import BadModel
+from trainables.devices import DEVICES
 from trainables.locations import write_bytes
 from trainables.tasks import AbsorbTask
 from trainables.workspace import Workspace
@@ -25,11 +27,13 @@ def absorb_gates(task: AbsorbTask) -> dict[str, Any]:
         BadModel: the model has no gated MLP that can be made plain.
     """
     workspace = Workspace(replace(task, model=replace(task.model, gated="keep")))
-    model = workspace.dense.to(workspace.device)
+    # The fit is in float64.
+    device = workspace.device if DEVICES[task.device].float64 else torch.device("cpu")
+    model = workspace.dense.to(device)
     if not gated_paths(model):
         raise BadModel(f"model.gated is absorb, but {task.model.name} has no gated MLP: leave it out")
     images = workspace.images("train", 64 * task.batches)
-    batches = [pixels.to(workspace.device) for pixels, _ in islice(images.eval_batches(64), task.batches)]
+    batches = [pixels.to(device) for pixels, _ in islice(images.eval_batches(64), task.batches)]
     errors = absorb(model, batches)
     weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
     write_bytes(task.weights, safetensors.torch.save(weights))

@@ -15,7 +15,7 @@ from search_spaces.timm_compat import timm
 from trainables.compiling import check_compiler, compiled
 from trainables.data import View
 from trainables.dense import build_model
-from trainables.devices import describe, torch_device
+from trainables.devices import DEVICES, describe, torch_device
 from trainables.export import load_pruned
 from trainables.formats import load_format
 from trainables.intervals import median_interval
@@ -45,7 +45,7 @@ def bench(task: BenchTask) -> dict[str, Any]:
     return {
         "device": describe(device),
         "threads": task.threads,
-        "dtype": "float32" if device.type == "cpu" else "autocast",
+        "dtype": DEVICES[device.type].dtype,
         "rows": [row for batch in task.batches for row in _timed(loaded, batch, task, device)],
     }
 

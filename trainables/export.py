@@ -21,7 +21,7 @@ from search_spaces.plan import PruningPlan
 from trainables.compiling import compiled
 from trainables.data import ImageSet
 from trainables.dense import build_model, load_weights, read_weights
-from trainables.devices import describe
+from trainables.devices import DEVICES, describe
 from trainables.engine import choices
 from trainables.formats import STANDALONE, load_format, on_this_disk, write_formats
 from trainables.intervals import accuracy_interval, paired_difference
@@ -81,7 +81,7 @@ def export(task: ExportTask) -> dict[str, Any]:
         "largest_logit_difference": differences["safetensors"],
         "device": describe(device),
         "threads": torch.get_num_threads(),
-        "dtype": "float32" if device.type == "cpu" else "autocast",
+        "dtype": DEVICES[device.type].dtype,
         "compiled": task.compiled,
         "versions": versions(),
     }

@@ -17,7 +17,7 @@ import torch
 from search_spaces import BadInput
 from search_spaces.plan import PruningPlan
 from trainables.checkpoints import load_state, save_state
-from trainables.devices import DEVICES, describe, use_own_device
+from trainables.devices import DEVICES, describe, use_device
 from trainables.engine import Diverged, Epoch, Training, evaluate
 from trainables.locations import read_bytes, write_bytes
 from trainables.tasks import FinetuneTask
@@ -120,7 +120,7 @@ def train_with_ray(task: FinetuneTask, resources: dict[str, float]) -> dict[str,
             train_loop_config={"task": task},
             torch_config=TorchConfig(backend=device.backend),
             scaling_config=ScalingConfig(
-                num_workers=task.workers, use_gpu=device.resource == "GPU", resources_per_worker=resources
+                num_workers=task.workers, use_gpu=device.is_gpu, resources_per_worker=resources
             ),
             run_config=RunConfig(name="finetune", storage_path=scratch, failure_config=FailureConfig(max_failures=3)),
         )
@@ -134,10 +134,11 @@ def train_with_ray(task: FinetuneTask, resources: dict[str, float]) -> dict[str,
 def train_loop_per_worker(config: dict[str, Any]) -> None:
     """Ray Train's loop: `finetune` with this worker's rank, distributed over the group."""
     from ray import train
+    from ray.train.torch import get_device
 
     task: FinetuneTask = config["task"]
     rank = train.get_context().get_world_rank()
-    use_own_device(task.device, train.get_context().get_local_rank())
+    use_device(get_device())
     try:
         result = finetune(task, train.report, rank=rank, wrap=_distributed if task.workers > 1 else lambda model: model)
     except (BadInput, Diverged) as error:

@@ -86,7 +86,7 @@ def profile(task: ProfileTask) -> dict[str, Any]:
         seconds_left = max(0.0, seconds_left - (time.perf_counter() - begun))
         found["rounds"][str(batch)] = len(seconds)
         unsure += _record(seconds, batch, whole, groups, savings)
-    about = {"dtype": DEVICES[device.type].autocast or "float32", "threads": task.threads, "compiled": task.compiled}
+    about = {"dtype": DEVICES[device.type].dtype, "threads": task.threads, "compiled": task.compiled}
     return {"device": describe(device), **about, **found, "warnings": _warnings(unsure), "rows": [whole, *rows]}
 
 

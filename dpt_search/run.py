@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from dpt_search.config import LATER, RunConfig, check, check_same_run, identity
+from dpt_search.preflight import Preflight
 from dpt_search.remote import call, ray_session, resources
 from dpt_search.store import BadRun, RunStore
+from dpt_search.waiting import Waiting
 from search_spaces.plan import Ranking
 from trainables.settings import ModelSettings
 from trainables.tasks import Task, TrialTask
@@ -28,14 +30,15 @@ class Session:
     """Ray, started or joined at most once, by whoever needs it first."""
 
     def __init__(self) -> None:
-        self._open, self._started = ExitStack(), False
+        self._open, self._started, self._preflight = ExitStack(), False, Preflight()
 
     def start(self, run: Run) -> None:
-        """Start or join Ray, unless that was done."""
+        """Start or join Ray, unless that was done, and look at the nodes that were not looked at yet."""
         if not self._started:
             run.say("starting Ray")
-            self._open.enter_context(ray_session(run.config))
+            self._open.enter_context(ray_session())
             self._started = True
+        self._preflight.check(run.config, run.store, run.say)
 
     def close(self) -> None:
         """Leave it."""
@@ -75,7 +78,14 @@ class Run:
         """Call a function on a worker (see `remote.call`)."""
         self.start_ray()
         devices = 0.0 if cpus == 0 else 1.0
-        return call(self.config, target, *args, cpus=cpus, devices=devices, on_wait=on_wait)
+        # What takes no resources itself waits for others of a trial's.
+        waiting = Waiting(self.say, resources(self.config, cpus, devices) if cpus else self.resources)
+
+        def look() -> None:
+            on_wait()
+            waiting.look()
+
+        return call(self.config, target, *args, cpus=cpus, devices=devices, on_wait=look)
 
     @property
     def resources(self) -> dict[str, float]:

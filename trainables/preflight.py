@@ -98,11 +98,11 @@ def _read_problem(what: str, place: str) -> str:
     try:
         filesystem, path = resolve(place)
         info = filesystem.get_file_info(path)
-        if info.type == fs.FileType.NotFound:
+        is_folder = info.type == fs.FileType.Directory
+        # A folder that another one is to be mounted on is there, and empty.
+        if info.type == fs.FileType.NotFound or (is_folder and not filesystem.get_file_info(fs.FileSelector(path))):
             return f"has nothing at {what} {place!r}"
-        if info.type == fs.FileType.Directory:
-            filesystem.get_file_info(fs.FileSelector(path))
-        else:
+        if not is_folder:
             with filesystem.open_input_file(path) as stream:
                 stream.read(1)
     except (OSError, ValueError) as error:

@@ -69,10 +69,10 @@ class Preflight:
         if is_cluster():
             new = [name for name in nodes_that_fit(wanted) if (store.location, name) not in self._seen]
             if new:
-                self._check_nodes(config, store, new)
-                self._seen |= {(store.location, name) for name in new}
+                self._seen |= {(store.location, name) for name in self._check_nodes(config, store, new)}
 
-    def _check_nodes(self, config: RunConfig, store: RunStore, nodes: list[str]) -> None:
+    def _check_nodes(self, config: RunConfig, store: RunStore, nodes: list[str]) -> list[str]:
+        """Look at nodes, and return those that could be looked at."""
         folder, token, driver = f"preflight/{uuid.uuid4().hex[:8]}", uuid.uuid4().hex, socket.gethostname()
         task = LookTask(config.model, config.data, store.path(folder), token, node="", driver=driver)
         store.write(f"{folder}/driver", token.encode())
@@ -88,6 +88,7 @@ class Preflight:
                         "is one for all nodes, such as s3://bucket/runs/NAME or a shared file system"
                     )
                 self._check_node(each)
+            return list(found)
         finally:
             store.delete_dir("preflight")
 

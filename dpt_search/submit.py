@@ -74,14 +74,15 @@ def submit(client: JobSubmissionClient, argv: list[str], folder: Path) -> str:
         folder: what goes with the job; Ray keeps what it was given before, by content.
 
     Raises:
+        BadConfig: it is too large.
         RuntimeError: the cluster refused it.
     """
-    return str(
-        client.submit_job(
-            entrypoint=shlex.join(["python", "-m", "dpt_search", *argv]),
-            runtime_env={"working_dir": str(folder), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}},
-        )
-    )
+    command = shlex.join(["python", "-m", "dpt_search", *argv])
+    needs = {"working_dir": str(folder), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}}
+    try:
+        return str(client.submit_job(entrypoint=command, runtime_env=needs))
+    except ValueError as error:
+        raise BadConfig(f"what goes with the job cannot be packed ({_one_line(error)})") from None
 
 
 def packed(argv: list[str], pack: Sequence[str], folder: Path) -> list[str]:
@@ -206,8 +207,10 @@ class Following:
                         self._show(new)
 
     def _exit_code(self, info: Any) -> int:
-        if info.driver_exit_code is not None:
-            return int(info.driver_exit_code)
+        code: int | None = info.driver_exit_code
+        if code is not None:
+            # Of a driver that a signal ended, as a shell tells it.
+            return code if code >= 0 else 128 - code
         if info.status.value == "STOPPED":
             return INTERRUPTED
         self._show(f"{_one_line(info.message or 'the job ended with no word')}\n")

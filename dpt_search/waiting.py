@@ -39,7 +39,11 @@ class Waiting:
         if now - self._looked < LOOK_SECONDS:
             return
         self._looked = now
-        held = self._look()
+        try:
+            held = self._look()
+        # A control store that does not answer just now is no end of what may well run.
+        except Exception:
+            return
         if not held.waits(self._wanted):
             self.runs()
         elif now - self._since >= self._next:

@@ -2,6 +2,7 @@
 mount of its own."""
 
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -104,6 +105,43 @@ def test_what_no_node_can_hold_is_refused_after_a_short_while(head, small, tmp_p
 def test_a_device_that_no_node_has_is_refused(head, small, tmp_path):
     said = refused(run_on(head, tmp_path / "run", "--config", small, "--device", "npu"))
     assert "no node can hold a trial: 1 CPU and 1 NPU wanted on one node" in said
+
+
+HOLD = """
+import ray, sys
+ray.init(logging_level="ERROR", log_to_driver=False)
+@ray.remote(num_cpus=2)
+class Holder:
+    def hold(self): return "held"
+holder = Holder.remote()
+print(ray.get(holder.hold.remote()), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("verb", ["dense", "search"])
+def test_while_others_have_all_there_is_a_line_says_so_and_the_run_goes_on_after(head, finished, tmp_path, verb):
+    """A stage's call waits, and a trial of Tune's."""
+    run = shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("trials", "finetune", "dense.json"))
+    if verb == "search":
+        for name in ("dense/dense.json", "stages/dense.json"):
+            shutil.copy(finished / name, run / name)
+    env = {**head.env, "RAY_ADDRESS": head.address}
+    others = subprocess.Popen(
+        [BIN / "python", "-c", HOLD], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert others.stdout.readline() == "held\n"
+    ours = subprocess.Popen(command(verb, run), env=env, stdout=subprocess.PIPE, text=True)
+    try:
+        line = next(line for line in ours.stdout if "nothing has run for" in line)
+        others.communicate(timeout=60)
+        printed, _ = ours.communicate(timeout=200)
+    finally:
+        others.kill()
+        ours.kill()
+    assert "1 CPU wanted on one node; 1 node is up (0 of 2 CPU free); others have the rest" in line
+    assert ours.returncode == 0
+    assert ("dense accuracy" if verb == "dense" else "trial 3 (") in printed
 
 
 def test_an_address_where_no_cluster_is_is_refused_at_once(small, tmp_path):

@@ -69,7 +69,9 @@ def ray_head(cpus: int = 2, **env: str) -> Iterator[Head]:
         f"--ray-client-server-port={client}", "--object-store-memory=100000000", f"--temp-dir={folder}",
     ]  # fmt: skip
     try:
-        done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
+        # Jobs find this package in what was sent with them, and nowhere else.
+        own = {name: value for name, value in env.items() if name != "PYTHONPATH"}
+        done = subprocess.run(command, env=own, cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         url = f"http://127.0.0.1:{dashboard}"
         await_answer(f"{url}/api/version")

@@ -23,6 +23,7 @@ Make a Vision Transformer faster by removing whole layers, and search on Ray for
   robustness how often noise of the trials would have changed the decisions, and what that costs
   tabulate   run every cell with several seeds: a table of the real surface, to judge searches on
   doctor     say what this machine and this model can do
+  submit     any of these as a job on a Ray cluster: dpt-search submit --address URL run ...
 
 Each stage of a run alone, on a run directory:
 
@@ -53,6 +54,7 @@ def main(argv: list[str]) -> int:
         **{verb: _stage(verb) for verb in DESCRIPTIONS if verb != "run"},
         "report": _report,
     }
+    verbs["submit"] = lambda rest: _submit(rest, [verb for verb in verbs if verb != "submit"])
     if not argv or argv[0] in ("-h", "--help", "help"):
         stages = "\n".join(f"  {verb:<10} {text}" for verb, text in DESCRIPTIONS.items() if verb != "run")
         print(HELP.format(stages=stages), end="")
@@ -101,12 +103,14 @@ def _do(config: Any, only: str = "") -> None:
     """Run one stage, or all, under the run directory's lease, and end with the result as it stands."""
     from dpt_search.config import check
     from dpt_search.lease import Lease
+    from dpt_search.preflight import check_place
     from dpt_search.run import open_run
     from dpt_search.store import RunStore
     from dpt_search.summary import result_table, stage_times
 
     # Before the lease, so that a wrong value leaves no directory behind.
     check(config)
+    check_place(config)
     with Lease(RunStore(config.run_dir)), open_run(config, say) as run:
         # After the checks, which are quick: the stages import scipy and optuna.
         from dpt_search.stages import STAGES, WHOLE
@@ -251,6 +255,12 @@ def _doctor(argv: list[str]) -> int:
         print(f"{'ok  ' if ok else 'NO  '} {line}", flush=True)
         problems += not ok
     return 1 if problems else 0
+
+
+def _submit(argv: list[str], verbs: list[str]) -> int:
+    from dpt_search.submit_options import submission
+
+    return submission(argv, verbs, lambda text: print(text, end="", flush=True))
 
 
 def entry() -> None:

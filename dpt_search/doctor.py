@@ -15,7 +15,6 @@ from dpt_search.run import versions
 from trainables.devices import DEVICES, Device
 from trainables.settings import ModelSettings
 
-_DEVICE = "import sys; from trainables.devices import describe, device_problem as why, torch_device; n = {name!r}; "
 _CHECKS = {
     "torch": "import torch; print(torch.__version__, f'with {torch.get_num_threads()} threads')",
     "timm": (

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
+import socket
+import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +18,7 @@ from search_spaces import BadInput
 from trainables.devices import DEVICES, RAY_ARGUMENTS
 
 OBJECT_STORE_BYTES = 200 * 2**20
+REACH_SECONDS = 10.0
 RETRIES = 2
 """How often work whose worker was lost is given to another."""
 
@@ -24,11 +28,11 @@ class StageFailed(RuntimeError):
 
 
 @contextmanager
-def ray_session(config: RunConfig) -> Iterator[None]:
+def ray_session() -> Iterator[None]:
     """Join the cluster that RAY_ADDRESS names, or start Ray on this machine; shut down what was started.
 
     Raises:
-        BadConfig: no node has the device.
+        BadConfig: the cluster at RAY_ADDRESS cannot be joined.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -40,20 +44,46 @@ def ray_session(config: RunConfig) -> Iterator[None]:
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     import ray
 
+    if is_cluster():
+        _check_address(os.environ["RAY_ADDRESS"])
+    before = signal.getsignal(signal.SIGTERM)
     own = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-    ray.init(log_to_driver=False, logging_level="ERROR", **({} if is_cluster() else own))
     try:
-        resource = DEVICES[config.device].resource
-        if not ray.cluster_resources().get(resource):
-            raise BadConfig(f"device {config.device!r} needs a node with the Ray resource {resource!r}; none has it")
-        wanted = resources(config, config.cpus_per_trial, config.devices_per_trial)
-        if capacity(wanted) < 1 and not is_cluster():
-            held = ray.cluster_resources()
-            lacks = ", ".join(f"{held.get(name, 0):g} of {amount:g} {name}" for name, amount in wanted.items())
-            raise BadConfig(f"a trial does not fit here ({lacks}): set smaller cpus_per_trial or devices_per_trial")
+        ray.init(log_to_driver=False, logging_level="ERROR", **({} if is_cluster() else own))
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        if not is_cluster():
+            raise
+        why = " ".join(str(error).split())
+        raise BadConfig(f"cannot join the Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {why}") from None
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        # Ray would leave the process at once on SIGTERM; the lease has to be given up first.
+        signal.signal(signal.SIGTERM, before)
+    try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Refuse an address where nobody is: Ray would try to reach it for ever."""
+    if address.startswith(("http://", "https://")):
+        raise BadConfig(
+            f"RAY_ADDRESS is {address!r}, that of a job server: give HEAD:6379, or use `dpt-search submit` with it"
+        )
+    host, _, port = address.rpartition("://")[2].partition("/")[0].rpartition(":")
+    try:
+        if port.isdigit():
+            reach(host, int(port))
+    except OSError as error:
+        raise BadConfig(
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({error}): give its HEAD:6379, or unset RAY_ADDRESS to "
+            "run on this machine"
+        ) from None
+
+
+def reach(host: str, port: int) -> None:
+    """Open a connection and close it; raises OSError where nobody answers in time."""
+    socket.create_connection((host.strip("[]"), port), timeout=REACH_SECONDS).close()
 
 
 def is_cluster() -> bool:
@@ -147,6 +177,31 @@ def begin(config: RunConfig, target: str, *args: Any, cpus: float = 1, devices: 
     """Begin what `call` does, and return at once."""
     remote = _remote(resources(config, cpus, devices), calls=0 if config.device == "cpu" else 1)
     return Pending(target, remote.remote(target, args))
+
+
+def call_on(target: str, jobs: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """Call `module:function` on nodes at once, taking none of their resources; a node that was lost is left out.
+
+    Args:
+        target: what to call.
+        jobs: by node id, the arguments of the call there, plain data.
+
+    Raises:
+        StageFailed: anything else went wrong.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    def on(node: str) -> Any:
+        place = NodeAffinitySchedulingStrategy(node, soft=False)
+        return ray.remote(num_cpus=0, scheduling_strategy=place)(_call)
+
+    running, found = {node: on(node).remote(target, args) for node, args in jobs.items()}, {}
+    for node, reference in running.items():
+        # Such as TaskUnschedulableError.
+        with suppress(ray.exceptions.RayError):
+            found[node] = _value(target, ray.get(reference))
+    return found
 
 
 def call_each(wanted: dict[str, float], target: str, jobs: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:

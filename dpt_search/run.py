@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from dpt_search.config import LATER, RunConfig, check, check_same_run, identity
+from dpt_search.preflight import Preflight
 from dpt_search.remote import call, ray_session, resources
 from dpt_search.store import BadRun, RunStore
+from dpt_search.waiting import Waiting
 from search_spaces.plan import Ranking
 from trainables.settings import ModelSettings
 from trainables.tasks import Task, TrialTask
@@ -28,14 +30,15 @@ class Session:
     """Ray, started or joined at most once, by whoever needs it first."""
 
     def __init__(self) -> None:
-        self._open, self._started = ExitStack(), False
+        self._open, self._started, self._preflight = ExitStack(), False, Preflight()
 
     def start(self, run: Run) -> None:
-        """Start or join Ray, unless that was done."""
+        """Start or join Ray, unless that was done, and look at the nodes that were not looked at yet."""
         if not self._started:
             run.say("starting Ray")
-            self._open.enter_context(ray_session(run.config))
+            self._open.enter_context(ray_session())
             self._started = True
+        self._preflight.check(run.config, run.store, run.say)
 
     def close(self) -> None:
         """Leave it."""
@@ -78,10 +81,17 @@ class Run:
         cpus: float = 1,
         devices: float = 1.0,
         on_wait: Callable[[], None] = lambda: None,
+        waits_for: dict[str, float] | None = None,
     ) -> Any:
-        """Call a function on a worker (see `remote.call`)."""
+        """Call a function on a worker (see `remote.call`), which may itself wait for others of these resources."""
         self.start_ray()
-        return call(self.config, target, *args, cpus=cpus, devices=devices, on_wait=on_wait)
+        waiting = Waiting(self.say, waits_for or resources(self.config, cpus, devices))
+
+        def look() -> None:
+            on_wait()
+            waiting.look()
+
+        return call(self.config, target, *args, cpus=cpus, devices=devices, on_wait=look)
 
     @property
     def resources(self) -> dict[str, float]:

@@ -23,6 +23,7 @@ from dpt_search.recommend import Observation, recommend
 from dpt_search.run import Run, digest_of, read_ranking
 from dpt_search.samplers import candidate_cells, cell_of, make_sampler, params_of, search_space
 from dpt_search.store import BadRun, Finished, RunStore, TrialLog
+from dpt_search.waiting import Waiting
 from search_spaces.budgets import Budget
 from search_spaces.costs import UnitCosts
 from search_spaces.goals import Goal, Measured
@@ -70,7 +71,8 @@ def search(run: Run, allowance: Allowance | None = None) -> None:
             allowance=allowance,
         )
         task = run.trial_task(config.cpus_per_trial, "checkpoints", config.trial_timeout)
-        run_search(plan, log, task, run.resources, concurrent, partial(_ended, run.store, lines))
+        on_end, waiting = partial(_ended, run.store, lines), Waiting(run.say, run.resources)
+        run_search(plan, log, task, run.resources, concurrent, on_end, waiting)
         beside.finish()
         for name in run.store.names("checkpoints"):
             run.store.delete(f"checkpoints/{name}")

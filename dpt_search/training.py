@@ -42,7 +42,7 @@ def train(
     each = {name: amount - COORDINATOR for name, amount in run.finetune_resources.items()}
     result: dict[str, Any] = run.call(
         "trainables.long_finetune:train_with_ray", task, each, cpus=COORDINATOR, devices=COORDINATOR,
-        on_wait=lines.show,
+        on_wait=lines.show, waits_for=each,
     )  # fmt: skip
     lines.show()
     return result

@@ -23,6 +23,8 @@ from ray.tune.search.optuna import OptunaSearch
 from dpt_search.allowance import Allowance
 from dpt_search.observed import ended, searched, surface_trials, unfinished
 from dpt_search.store import Finished, Proposed, RunStore, TrialLog
+from dpt_search.waiting import Waiting
+from dpt_search.waiting_trials import WaitingTrials
 from search_spaces.plan import PruningPlan, Ranking
 from search_spaces.ratios import Cell
 from trainables.pruning_trial import PruningTrial, error_location
@@ -233,6 +235,7 @@ def run_search(
     resources: dict[str, float],
     concurrent: int,
     on_end: Callable[[Finished], None],
+    waiting: Waiting,
 ) -> None:
     """Run all trials that are left, `concurrent` at a time; every one is in the log when this returns.
 
@@ -243,6 +246,7 @@ def run_search(
         resources: Ray resources of one trial.
         concurrent: number of trials at a time.
         on_end: called with every trial's record when it ended.
+        waiting: says why no trial runs.
 
     Raises:
         SearchFailed: too many trials in a row failed.
@@ -266,6 +270,7 @@ def run_search(
                 storage_path=scratch,
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
+                callbacks=[WaitingTrials(waiting)],
             ),
         )
         with _interruptible():

@@ -43,7 +43,7 @@ def dpt_search(*arguments: object) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command(*arguments), capture_output=True, text=True)
 
 
-def outcomes(run: Path) -> list[tuple[str, list[float]]]:
+def outcomes(run: Path | str) -> list[tuple[str, list[float]]]:
     log = TrialLog(RunStore(str(run)))
     return [(log.finished[n].plan, log.finished[n].accuracies) for n in sorted(log.finished)]
 

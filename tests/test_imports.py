@@ -19,7 +19,7 @@ HEAVY = {"torch", "torchvision", "timm", "torch_npu"}
 NAMES_AND_SETTINGS = [
     *("search_spaces", "search_spaces.plan", "search_spaces.ratios", "search_spaces.budgets", "search_spaces.costs"),
     *("trainables", "trainables.tasks", "trainables.settings", "trainables.locations", "trainables.devices"),
-    "trainables.intervals",
+    *("trainables.intervals", "trainables.preflight"),
 ]
 RAY_FILES = {"trainables/pruning_trial.py", "trainables/long_finetune.py"}
 
@@ -78,7 +78,7 @@ def test_few_files_of_the_workers_are_about_ray():
 def test_the_driver_knows_only_those_files_of_the_workers_that_need_no_torch(path):
     known = {name.split(".")[1] for name in imports_of(path) if name.startswith("trainables.")}
     lazily = {"export"} if path == Path("dpt_search/__init__.py") else set()
-    assert known <= {"settings", "tasks", "locations", "devices", "intervals", "pruning_trial"} | lazily
+    assert known <= {"settings", "tasks", "locations", "devices", "intervals", "preflight", "pruning_trial"} | lazily
 
 
 def loaded_after(code: str) -> set[str]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -77,10 +78,78 @@ def test_the_run_of_a_killed_driver_of_this_host_is_free_at_once(
         assert store.read_json(Lease.NAME)["pid"] == os.getpid()
 
 
-def test_a_driver_on_another_host_is_believed_while_its_heart_beats(store: RunStore) -> None:
+@pytest.fixture
+def elsewhere(store: RunStore) -> Iterator[None]:
+    """A driver on another host, whose heart beats."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(0.02):
+            write_holder(store, host="elsewhere", pid=2**22 + 1)
+
     write_holder(store, host="elsewhere", pid=2**22 + 1)
+    thread = threading.Thread(target=beat)
+    thread.start()
+    yield
+    done.set()
+    thread.join()
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_driver_on_another_host_is_believed_while_its_heart_beats(store: RunStore) -> None:
     with pytest.raises(BadRun, match=f"process {2**22 + 1} on elsewhere"), Lease(store):
         pass
+    assert store.read_json(Lease.NAME)["host"] == "elsewhere"
+
+
+def test_the_run_of_a_killed_driver_of_another_host_is_free_once_it_was_silent_for_long(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "SILENT_SECONDS", 0.5)
+    write_holder(store, host="elsewhere")
+    start = time.monotonic()
+    with Lease(store):
+        assert time.monotonic() - start > 0.5
+        assert store.read_json(Lease.NAME)["pid"] == os.getpid()
+
+
+def test_a_driver_of_another_host_that_ends_while_it_is_watched_leaves_the_run_free(store: RunStore) -> None:
+    write_holder(store, host="elsewhere")
+    threading.Timer(0.3, store.delete, [Lease.NAME]).start()
+    start = time.monotonic()
+    with Lease(store):
+        assert time.monotonic() - start < lease.SILENT_SECONDS / 2
+
+
+@pytest.mark.parametrize("blocked", [False, True])
+def test_sigterm_gives_the_run_up_before_anything_else_and_ends_as_ctrl_c_does(store: RunStore, blocked: bool) -> None:
+    """As in a job of Ray's, where SIGINT is blocked."""
+    program = (
+        "import signal, sys, time\n"
+        f"if {blocked}: signal.pthread_sigmask(signal.SIG_BLOCK, {{signal.SIGINT}})\n"
+        "from dpt_search.lease import Lease\n"
+        "from dpt_search.store import RunStore\n"
+        "store = RunStore(sys.argv[1])\n"
+        "try:\n"
+        "    with Lease(store):\n"
+        "        try:\n"
+        "            print('held', flush=True)\n"
+        "            time.sleep(60)\n"
+        "        finally:\n"
+        "            print('free' if store.read_json(Lease.NAME) is None else 'held', flush=True)\n"
+        "except KeyboardInterrupt:\n"
+        "    print('interrupted', flush=True)\n"
+    )
+    root = Path(__file__).parent.parent
+    with subprocess.Popen(
+        [sys.executable, "-c", program, store.location], cwd=root, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=30)[0] == "free\ninterrupted\n"
+    assert process.returncode == 0
+    assert not store.exists(Lease.NAME)
 
 
 @pytest.mark.parametrize("host", [socket.gethostname(), "elsewhere"])
@@ -92,8 +161,7 @@ def test_a_lease_without_a_heartbeat_for_long_is_taken_over(store: RunStore, hos
     assert not store.exists(Lease.NAME)
 
 
-def test_a_refused_driver_leaves_the_holders_lease_as_it_was(store: RunStore) -> None:
-    write_holder(store, host="elsewhere")
+def test_a_refused_driver_leaves_the_holders_lease_as_it_was(store: RunStore, other: "subprocess.Popen[str]") -> None:
     before = store.read(Lease.NAME)
     with pytest.raises(BadRun), Lease(store):
         pass

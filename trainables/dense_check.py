@@ -24,6 +24,8 @@ def check_model(task: Task) -> dict[str, Any]:
         The removable units of each kind, and as `refused` why others are none, each reason once.
     """
     workspace = Workspace(task)
+    # First of all: a device that cannot be used is told before anything is opened.
+    _ = workspace.device
     offer = offered(workspace.dense)
     for split, table in open_tables(task.data).items():
         workspace.check_labels(table.labels, split)

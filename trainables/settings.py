@@ -6,6 +6,9 @@ Every field's docstring is its help text on the command line.
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+NAMED_DATA = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion_mnist": "FashionMNIST"}
+"""Data sets that `data.path` may name instead of a place, and torchvision's classes for them."""
+
 
 @dataclass(frozen=True)
 class ModelSettings:

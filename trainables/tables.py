@@ -18,12 +18,11 @@ from pyarrow import fs
 
 from search_spaces import BadInput
 from trainables.locations import IMAGE_SUFFIXES, resolve
-from trainables.settings import DataSettings
+from trainables.settings import NAMED_DATA, DataSettings
 from trainables.splits import Indices
 
 _SPLIT_NAMES = {"train": "train", "training": "train", "probe": "probe", "val": "val", "valid": "val",
                 "validation": "val", "test": "test"}  # fmt: skip
-_TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion_mnist": "FashionMNIST"}
 
 
 class BadData(BadInput):
@@ -71,14 +70,14 @@ def open_tables(data: DataSettings) -> dict[str, Table]:
 def _open(data: DataSettings) -> dict[str, Table]:
     if data.factory:
         return _open_factory(data.factory)
-    if data.path in _TORCHVISION:
+    if data.path in NAMED_DATA:
         return _open_torchvision(data)
     filesystem, path = resolve(data.path)
     info = filesystem.get_file_info(path)
     if info.type == fs.FileType.NotFound:
         raise BadData(
             f"data.path {data.path!r} does not exist: give a Parquet file or folder, an image folder, "
-            f"or one of {', '.join(_TORCHVISION)}"
+            f"or one of {', '.join(NAMED_DATA)}"
         )
     if info.type == fs.FileType.File:
         return {"train": ParquetTable(filesystem, [info], data)}
@@ -203,7 +202,7 @@ def _open_torchvision(data: DataSettings) -> dict[str, Table]:
 
     import search_spaces.timm_compat  # noqa: F401  torchvision loads beside a CPU build of torch only after this
 
-    dataset = getattr(torchvision.datasets, _TORCHVISION[data.path])
+    dataset = getattr(torchvision.datasets, NAMED_DATA[data.path])
     root = resolve(data.root)[1]
     try:
         return {

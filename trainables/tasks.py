@@ -34,6 +34,27 @@ class Task:
 
 
 @dataclass(frozen=True)
+class LookTask:
+    """Look at a node before anything is paid for.
+
+    Attributes:
+        model: the dense model.
+        data: the images.
+        folder: place in the run directory; the driver's file `driver` is there, and every node leaves one of its own.
+        token: content of all these files.
+        node: name of this node's file.
+        driver: host of the driver.
+    """
+
+    model: ModelSettings
+    data: DataSettings
+    folder: str
+    token: str
+    node: str
+    driver: str
+
+
+@dataclass(frozen=True)
 class AbsorbTask(Task):
     """Fit plain MLPs to the dense model's gated ones.
 

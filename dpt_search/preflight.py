@@ -1,0 +1,139 @@
+"""What can be seen to be wrong with where a run is to be, before anything is paid for: one line each, exit code 2."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dpt_search.config import BadConfig, RunConfig
+from dpt_search.holdings import holdings, nodes_that_fit, shape
+from dpt_search.remote import begin, call_on, is_cluster, resources
+from dpt_search.store import BadRun, RunStore
+from dpt_search.waiting import Waiting
+from trainables.devices import DEVICES
+from trainables.preflight import sees, versions
+from trainables.tasks import LookTask
+
+PATIENCE_SECONDS = 20.0
+"""How long nothing may be coming that could hold a trial; an autoscaler looks every five seconds."""
+
+
+def check_place(config: RunConfig) -> None:
+    """Refuse a run directory that would go with the job that this process is.
+
+    Raises:
+        BadConfig: inside a job of Ray's it is relative.
+    """
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        check_absolute(config.run_dir)
+
+
+def check_absolute(run_dir: str) -> None:
+    """Refuse a relative run directory of a job: there it is in a folder of one node that is deleted after the job."""
+    if run_dir and "://" not in run_dir and not Path(run_dir).expanduser().is_absolute():
+        raise BadConfig(
+            f"run_dir {run_dir!r} is relative, which in a job is a folder that goes with it: give --run-dir a place "
+            "that every node reaches, such as s3://bucket/runs/NAME or /shared/runs/NAME"
+        )
+
+
+class Preflight:
+    """Looks at where a run is to be: at this machine once, at every node of a cluster when it is first seen."""
+
+    def __init__(self) -> None:
+        self._seen: set[tuple[str, str]] = set()
+        self._roomy: list[dict[str, float]] = []
+        # The driver needs no torch: of what it lacks, the first node tells what the others are to have.
+        self._versions = versions()
+
+    def check(self, config: RunConfig, store: RunStore, say: Callable[[str], None]) -> None:
+        """Look at what was not looked at yet.
+
+        Raises:
+            BadConfig: a trial fits nowhere; data, weights or versions are not there or not the same everywhere.
+            BadRun: the run directory is not one place for all nodes.
+        """
+        wanted = resources(config, config.cpus_per_trial, config.devices_per_trial)
+        if wanted not in self._roomy:
+            if is_cluster():
+                _await_room(config, wanted, say)
+            else:
+                _check_here(config, wanted)
+            self._roomy.append(wanted)
+        if is_cluster():
+            new = [name for name in nodes_that_fit(wanted) if (store.location, name) not in self._seen]
+            if new:
+                self._seen |= {(store.location, name) for name in self._check_nodes(config, store, new)}
+
+    def _check_nodes(self, config: RunConfig, store: RunStore, nodes: list[str]) -> list[str]:
+        """Look at nodes, and return those that could be looked at."""
+        folder, token, driver = f"preflight/{uuid.uuid4().hex[:8]}", uuid.uuid4().hex, socket.gethostname()
+        task = LookTask(config.model, config.data, store.path(folder), token, node="", driver=driver)
+        store.write(f"{folder}/driver", token.encode())
+        try:
+            found = call_on("trainables.preflight:look", {name: (replace(task, node=name),) for name in nodes})
+            for name, each in found.items():
+                unseen = each["run_dir"] or (
+                    "" if sees(f"{task.folder}/{name}", token.encode()) else "writes there what the driver does not see"
+                )
+                if unseen:
+                    raise BadRun(
+                        f"run directory {store.location!r}: node {each['host']} {unseen}. Give --run-dir a place that "
+                        "is one for all nodes, such as s3://bucket/runs/NAME or a shared file system"
+                    )
+                self._check_node(each)
+            return list(found)
+        finally:
+            store.delete_dir("preflight")
+
+    def _check_node(self, found: dict[str, Any]) -> None:
+        host = found["host"]
+        for problem in found["unread"]:
+            raise BadConfig(f"node {host} {problem}: put it there on every node, or give a place that all reach")
+        for name, version in found["versions"].items():
+            known = self._versions.setdefault(name, version)
+            if version != known:
+                raise BadConfig(
+                    f"node {host} has {name} {version}, but the driver or another node {known}: install the same on "
+                    "every node"
+                )
+
+
+def _check_here(config: RunConfig, wanted: dict[str, float]) -> None:
+    """Refuse what this machine cannot hold: it will not grow."""
+    import ray
+
+    held, resource = ray.cluster_resources(), DEVICES[config.device].resource
+    if not held.get(resource):
+        raise BadConfig(f"device {config.device!r} needs a node with the Ray resource {resource!r}; none has it")
+    if any(held.get(name, 0) < amount for name, amount in wanted.items()):
+        lacks = ", ".join(f"{held.get(name, 0):g} of {amount:g} {name}" for name, amount in wanted.items())
+        raise BadConfig(f"a trial does not fit here ({lacks}): set smaller cpus_per_trial or devices_per_trial")
+
+
+def _await_room(config: RunConfig, wanted: dict[str, float], say: Callable[[str], None]) -> None:
+    """Wait for a node that can hold a trial while the cluster grows; refuse to wait for what will not come."""
+    if holdings().fits(wanted):
+        return
+    say(f"no node can hold a trial yet ({shape(wanted)}): waiting for one")
+    pending = begin(
+        config, "trainables.preflight:versions", cpus=config.cpus_per_trial, devices=config.devices_per_trial
+    )
+    waiting, hope = Waiting(say, wanted), time.monotonic()
+    while not pending.is_done(1.0):
+        held = holdings()
+        if held.coming or held.fits(wanted):
+            hope = time.monotonic()
+        if held.refuses(wanted) or time.monotonic() - hope > PATIENCE_SECONDS:
+            raise BadConfig(
+                f"no node can hold a trial: {held.told(wanted)}. Set smaller cpus_per_trial or devices_per_trial, "
+                "another --device, or add such nodes"
+            )
+        waiting.look()
+    pending.value()

@@ -44,7 +44,7 @@ def ray_session(config: RunConfig) -> Iterator[None]:
     ray.init(log_to_driver=False, logging_level="ERROR", **({} if is_cluster() else own))
     try:
         resource = DEVICES[config.device].resource
-        if not ray.cluster_resources().get(resource):
+        if not ray.cluster_resources().get(resource) and not is_cluster():
             raise BadConfig(f"device {config.device!r} needs a node with the Ray resource {resource!r}; none has it")
         wanted = resources(config, config.cpus_per_trial, config.devices_per_trial)
         if capacity(wanted) < 1 and not is_cluster():
@@ -68,11 +68,11 @@ def resources(config: RunConfig, cpus: float, devices: float) -> dict[str, float
 
 
 def capacity(wanted: dict[str, float]) -> int:
-    """Return how many workers of these resources the cluster holds now."""
+    """Return how many workers of these resources the cluster holds now, each of them whole on one node."""
     import ray
 
-    held = ray.cluster_resources()
-    return min(int(held.get(name, 0) // amount) for name, amount in wanted.items() if amount)
+    nodes = (node["Resources"] for node in ray.nodes() if node["Alive"])
+    return sum(min(int(held.get(name, 0) // amount) for name, amount in wanted.items() if amount) for held in nodes)
 
 
 def call(
@@ -150,7 +150,7 @@ def begin(config: RunConfig, target: str, *args: Any, cpus: float = 1, devices: 
 
 
 def call_each(wanted: dict[str, float], target: str, jobs: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-    """Call `module:function` once a job, in order, as many at a time as the cluster holds; processes are used again.
+    """Call `module:function` once a job, in order, as many at a time as there is room for; processes are used again.
 
     Args:
         wanted: Ray resources of one call.
@@ -169,13 +169,17 @@ def call_each(wanted: dict[str, float], target: str, jobs: Sequence[tuple[Any, .
     remote, left = _remote(wanted, calls=0), list(enumerate(jobs))[::-1]
     running: dict[Any, int] = {}
     while running or left:
-        # One more than there is room for: a cluster that grows on demand sees that more is wanted.
-        while left and len(running) < capacity(wanted) + 1:
+        # A cluster that grows on demand sees how much is wanted.
+        while left and (is_cluster() or len(running) <= capacity(wanted)):
             position, args = left.pop()
             running[remote.remote(target, args)] = position
         (ended, *_), _ = ray.wait(list(running))
         try:
             value = _value(target, ray.get(ended))
+        except ray.exceptions.NodeDiedError:
+            # No fault of the job's.
+            left.append((running[ended], jobs[running.pop(ended)]))
+            continue
         except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
             value = None
         yield running.pop(ended), value

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dpt_search.progress import EpochLines
+from dpt_search.remote import StageFailed
 from dpt_search.run import Run
 from search_spaces.plan import PruningPlan
 from trainables.settings import Recipe
@@ -35,11 +36,20 @@ def train(
         start=run.start_weights if plan.units else "",
     )  # fmt: skip
     lines = EpochLines(run.say, run.store, f"{folder}/progress.json", digest, recipe.epochs)
-    result: dict[str, Any] = run.call(
-        "trainables.long_finetune:train_with_ray", task, run.resources, cpus=0, on_wait=lines.show
-    )
-    lines.show()
-    return result
+    while True:
+        before = lines.done()
+        try:
+            result: dict[str, Any] = run.call(
+                "trainables.long_finetune:train_with_ray", task, run.resources, cpus=0, on_wait=lines.show
+            )
+        except StageFailed:
+            # Ray Train allows a few lost workers in all; here as many as it takes, as long as there are epochs between.
+            if lines.done() == before:
+                raise
+            run.say(f"workers were lost; going on after epoch {lines.done()}")
+            continue
+        lines.show()
+        return result
 
 
 def _workers(run: Run) -> int:

@@ -118,12 +118,13 @@ def add_node(head: Head, resources: dict[str, float], hidden: Path) -> str:
     Args:
         head: of the cluster.
         resources: of the node.
-        hidden: a folder in whose place the node sees an empty one of its own, as it would on another machine.
+        hidden: a folder for temporary files, in whose place the node sees an empty one of its own, as it would on
+            another machine.
     """
     mark = f"{head.folder.name}-{uuid.uuid4().hex}"
     others = {name: amount for name, amount in resources.items() if name != "CPU"}
     options = [f"--address={head.address}", f"--num-cpus={resources['CPU']:g}", f"--resources={json.dumps(others)}"]
-    environment = cluster_environment() | {"NODE_OF_A_TEST": mark}
+    environment = cluster_environment() | {"NODE_OF_A_TEST": mark, "TMPDIR": str(hidden)}
     _start(options, environment, head.folder / f"{mark}.txt", str(hidden) if may_isolate() else "")
     return mark
 

@@ -60,13 +60,14 @@ def test_trials_and_the_fine_tune_go_on_elsewhere_when_their_nodes_are_lost(tmp_
         watch = Watch(run, driver)
         try:
             watch.until(lambda: watch.newest("000000") >= 2 and watch.newest("000001") >= 2)
-            # One more than a trial may be lost without its node, and both of them: neither counts as a failure.
+            # Both nodes, one after the other: one failure would end the search.
             for _ in range(2):
                 lose(nodes.pop(0))
                 nodes.append(add_node(head, {"CPU": 1}, hidden))
                 lost = time.monotonic()
-                watch.until(lambda since=lost: time.monotonic() > since + 25)
+                watch.until(lambda since=lost: time.monotonic() > since + 20)
             watch.until(lambda: watch.newest("state") >= 3)
+            tuned_before = watch.newest("state")
             lose(nodes.pop(0))
             nodes.append(add_node(head, {"CPU": 1}, hidden))
             watch.until(lambda: False)
@@ -82,6 +83,7 @@ def test_trials_and_the_fine_tune_go_on_elsewhere_when_their_nodes_are_lost(tmp_
         f"{number:06d}": 1 for number in range(4)
     }
     assert all(len(each.accuracies) == EPOCHS for each in log.finished.values()), told
+    assert 3 <= tuned_before < LONG_EPOCHS
     tuned = json.loads((run / "finetune" / "finetune.json").read_text())
     assert [epoch["epoch"] for epoch in tuned["epochs"]] == list(range(1, LONG_EPOCHS + 1))
     # A state of an epoch that was there before would mean that more than the epoch in flight was repeated.

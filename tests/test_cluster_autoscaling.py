@@ -90,8 +90,9 @@ def test_a_search_grows_the_cluster_uses_all_of_it_and_lets_it_go_while_the_fine
     with (tmp_path / "said.txt").open("w") as said:
         driver = subprocess.Popen(start, env=cluster.environment, stdout=said, stderr=said)
         while driver.poll() is None:
-            searched, tuned = ((run / "stages" / f"{name}.json").exists() for name in ("search", "finetune"))
-            seen.append(("after" if tuned else "fine-tune" if searched else "search", len(workers())))
+            # From its first epoch on the fine-tune has its worker; until then all nodes may have gone.
+            searched, tuned = (run / "stages" / "search.json").exists(), (run / "finetune" / "progress.json").exists()
+            seen.append(("fine-tune" if tuned else "other" if searched else "search", len(workers())))
             time.sleep(0.2)
     told = (tmp_path / "said.txt").read_text()
     assert driver.returncode == 0, told

@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from dpt_search import tune_search
-from dpt_search.options import read_config
+from dpt_search.options import EMBEDDED, read_config
 from dpt_search.run import open_run
 from dpt_search.stages import STAGES
+from trainables.locations import resolve
 from trainables.pruning_trial import PruningTrial
 
 OUT = Path(__file__).parent / "results" / "utilisation.json"
@@ -79,7 +80,7 @@ def main() -> None:
 def run_search(folder: str, trials: int, subset: int, epochs: int) -> list[Step]:
     """Run the stages up to the search, and return all its steps."""
     told = [
-        f"--run-dir={folder}/run", "--probe-epochs=0", f"--max-trials={trials}", f"--max-concurrent={WORKERS}",
+        f"--config={resolve(EMBEDDED)[1]}", f"--run-dir={folder}/run", "--probe-epochs=0", f"--max-trials={trials}", f"--max-concurrent={WORKERS}",
         f"--data.subset={subset}", f"--trial-epochs={epochs}", "--timing-seconds=2",
     ]  # fmt: skip
     TimedTrial.folder = folder

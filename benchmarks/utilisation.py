@@ -80,7 +80,8 @@ def main() -> None:
 def run_search(folder: str, trials: int, subset: int, epochs: int) -> list[Step]:
     """Run the stages up to the search, and return all its steps."""
     told = [
-        f"--config={resolve(EMBEDDED)[1]}", f"--run-dir={folder}/run", "--probe-epochs=0", f"--max-trials={trials}", f"--max-concurrent={WORKERS}",
+        f"--config={resolve(EMBEDDED)[1]}", f"--run-dir={folder}/run", "--probe-epochs=0",
+        f"--max-trials={trials}", f"--max-concurrent={WORKERS}",
         f"--data.subset={subset}", f"--trial-epochs={epochs}", "--timing-seconds=2",
     ]  # fmt: skip
     TimedTrial.folder = folder

@@ -8,12 +8,12 @@ from typing import Any
 
 from dpt_search.allowance import Allowance
 from dpt_search.observed import ended
-from dpt_search.store import Finished, RunStore, TrialLog
+from dpt_search.store import Finished, Proposed, RunStore, TrialLog
 from search_spaces.plan import PruningPlan
 
 
 class TrialLines:
-    """Says how each trial ended."""
+    """Says how each trial ended, and which go on elsewhere."""
 
     def __init__(
         self,
@@ -49,6 +49,12 @@ class TrialLines:
         path = " -> ".join(f"{a:.1%}" for a in [record.removed_accuracy or 0.0, *record.accuracies])
         self._say(f"trial {record.trial} {cell}: val {path}, {record.seconds:.0f} s; {left}")
 
+    def lost(self, record: Proposed, with_node: bool) -> None:
+        """Say that a trial lost its worker, alone or with the whole node, and goes on."""
+        what = "its node" if with_node else "its worker"
+        cell = PruningPlan.parse(record.plan).cell
+        self._say(f"trial {record.trial} {cell}: {what} was lost; it goes on from its last epoch elsewhere")
+
 
 class EpochLines:
     """Says how each epoch of a long fine-tune ended, as the workers record it."""
@@ -58,6 +64,10 @@ class EpochLines:
         self._shown = len(self._records())
         if self._shown:
             say(f"going on after epoch {self._shown}")
+
+    def done(self) -> int:
+        """Return how many epochs are done."""
+        return len(self._records())
 
     def show(self) -> None:
         """Say what has happened since the last call."""

@@ -98,11 +98,11 @@ def resources(config: RunConfig, cpus: float, devices: float) -> dict[str, float
 
 
 def capacity(wanted: dict[str, float]) -> int:
-    """Return how many workers of these resources the cluster holds now."""
+    """Return how many workers of these resources the cluster holds now, each of them whole on one node."""
     import ray
 
-    held = ray.cluster_resources()
-    return min(int(held.get(name, 0) // amount) for name, amount in wanted.items() if amount)
+    nodes = (node["Resources"] for node in ray.nodes() if node["Alive"])
+    return sum(min(int(held.get(name, 0) // amount) for name, amount in wanted.items() if amount) for held in nodes)
 
 
 def call(
@@ -205,7 +205,7 @@ def call_on(target: str, jobs: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
 
 
 def call_each(wanted: dict[str, float], target: str, jobs: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-    """Call `module:function` once a job, in order, as many at a time as the cluster holds; processes are used again.
+    """Call `module:function` once a job, in order, as many at a time as there is room for; processes are used again.
 
     Args:
         wanted: Ray resources of one call.
@@ -224,13 +224,17 @@ def call_each(wanted: dict[str, float], target: str, jobs: Sequence[tuple[Any, .
     remote, left = _remote(wanted, calls=0), list(enumerate(jobs))[::-1]
     running: dict[Any, int] = {}
     while running or left:
-        # One more than there is room for: a cluster that grows on demand sees that more is wanted.
-        while left and len(running) < capacity(wanted) + 1:
+        # A cluster that grows on demand sees how much is wanted.
+        while left and (is_cluster() or len(running) <= capacity(wanted)):
             position, args = left.pop()
             running[remote.remote(target, args)] = position
         (ended, *_), _ = ray.wait(list(running))
         try:
             value = _value(target, ray.get(ended))
+        except ray.exceptions.NodeDiedError:
+            # No fault of the job's.
+            left.append((running[ended], jobs[running.pop(ended)]))
+            continue
         except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
             value = None
         yield running.pop(ended), value

@@ -38,7 +38,9 @@ def search(run: Run, allowance: Allowance | None = None) -> None:
         run: a run with costs and a ranking.
         allowance: what trials and probe may cost; None for no limit.
     """
-    from dpt_search.tune_search import SearchPlan, run_search
+    from dpt_search.demand import Demand
+    from dpt_search.search_plan import SearchPlan
+    from dpt_search.tune_search import RecordedSearch, run_search
 
     config, ranking, log = run.config, read_ranking(run), TrialLog(run.store)
     for name in log.broken:
@@ -71,8 +73,9 @@ def search(run: Run, allowance: Allowance | None = None) -> None:
             allowance=allowance,
         )
         task = run.trial_task(config.cpus_per_trial, "checkpoints", config.trial_timeout)
-        on_end, waiting = partial(_ended, run.store, lines), Waiting(run.say, run.resources)
-        run_search(plan, log, task, run.resources, concurrent, on_end, waiting)
+        with Demand(run.resources, concurrent) as demand:
+            proposer = RecordedSearch(plan, log, task, partial(_ended, run.store, lines), demand.room, lines.lost)
+            run_search(proposer, log, task, run.resources, concurrent, Waiting(run.say, run.resources))
         beside.finish()
         for name in run.store.names("checkpoints"):
             run.store.delete(f"checkpoints/{name}")
@@ -147,13 +150,16 @@ def _trial_cost(run: Run, ranking: Ranking) -> Callable[[Cell], float]:
 
 
 def _concurrent(run: Run, budgets: Sequence[Goal]) -> int:
-    """Return the number of trials at a time: more than a tenth of the candidates cost more and decide no sooner."""
-    from dpt_search.remote import capacity
+    """Return the most trials at a time: more than a tenth of the candidates cost more and decide no sooner.
+
+    A cluster may hold fewer now and more later, so what it holds is looked at before every proposal (`demand`).
+    """
+    from dpt_search.remote import capacity, is_cluster
 
     held, useful = max(1, capacity(run.resources)), max(2, len(candidate_cells(budgets)) // 10)
     if held > useful and not run.config.max_concurrent:
         run.say(f"{useful} trials at a time, though {held} would fit: more decide no sooner (--max-concurrent)")
-    return run.config.max_concurrent or min(held, useful)
+    return run.config.max_concurrent or (useful if is_cluster() else min(held, useful))
 
 
 def recommend_stage(run: Run) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dpt_search.progress import EpochLines
+from dpt_search.remote import StageFailed
 from dpt_search.run import Run
 from search_spaces.plan import PruningPlan
 from trainables.settings import Recipe
@@ -40,12 +41,21 @@ def train(
     )  # fmt: skip
     lines = EpochLines(run.say, run.store, f"{folder}/progress.json", digest, recipe.epochs)
     each = {name: amount - COORDINATOR for name, amount in run.finetune_resources.items()}
-    result: dict[str, Any] = run.call(
-        "trainables.long_finetune:train_with_ray", task, each, cpus=COORDINATOR, devices=COORDINATOR,
-        on_wait=lines.show, waits_for=each,
-    )  # fmt: skip
-    lines.show()
-    return result
+    while True:
+        before = lines.done()
+        try:
+            result: dict[str, Any] = run.call(
+                "trainables.long_finetune:train_with_ray", task, each, cpus=COORDINATOR, devices=COORDINATOR,
+                on_wait=lines.show, waits_for=each,
+            )  # fmt: skip
+        except StageFailed:
+            # Ray Train allows a few lost workers in all; here as many as it takes, as long as there are epochs between.
+            if lines.done() == before:
+                raise
+            run.say(f"workers were lost; going on after epoch {lines.done()}")
+            continue
+        lines.show()
+        return result
 
 
 def _workers(run: Run) -> int:

@@ -2,89 +2,68 @@
 
 from __future__ import annotations
 
-import math
+import logging
 import signal
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution
-from optuna.trial import TrialState
 from ray import tune
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from dpt_search.allowance import Allowance
+from dpt_search.lost import LossCallback, Losses
 from dpt_search.observed import ended, searched, surface_trials, unfinished
+from dpt_search.search_plan import SearchPlan, params_of_plan, study_storage
 from dpt_search.store import Finished, Proposed, RunStore, TrialLog
 from dpt_search.waiting import Waiting
 from dpt_search.waiting_trials import WaitingTrials
-from search_spaces.plan import PruningPlan, Ranking
-from search_spaces.ratios import Cell
+from search_spaces.plan import PruningPlan
 from trainables.pruning_trial import PruningTrial, error_location
 from trainables.tasks import TrialTask
-
-RETRIES = 2
-"""How often a trial whose worker was lost goes on from its last epoch on another."""
 
 
 class SearchFailed(RuntimeError):
     """Too many trials in a row failed; the message has the last one's reason."""
 
 
-@dataclass(frozen=True)
-class SearchPlan:
-    """What a search is told.
-
-    Attributes:
-        name: the sampler's name, for the record.
-        sampler: proposes values of `distributions`.
-        distributions: the study's parameters.
-        cell_of: translates proposed values into a cell.
-        params_of: translates a cell into values; None when the parameters cannot express it.
-        ranking: translates a cell into a plan.
-        seed: the run's seed; a trial's is this plus its number.
-        max_trials: number of trials in all, recorded ones counted.
-        max_failures: failed trials in a row that stop the search.
-        start: name of the weights that every trial starts from.
-        deadline: clock time (seconds since the epoch) after which nothing is proposed.
-        allowance: what the trials and the probe may cost; None for no limit.
-    """
-
-    name: str
-    sampler: optuna.samplers.BaseSampler
-    distributions: dict[str, BaseDistribution]
-    cell_of: Callable[[dict[str, int]], Cell]
-    params_of: Callable[[Cell], dict[str, int] | None]
-    ranking: Ranking
-    seed: int
-    max_trials: int
-    max_failures: int
-    start: str = "dense"
-    deadline: float = math.inf
-    allowance: Allowance | None = None
-
-
 class RecordedSearch(Searcher):
     """Optuna's proposals for Tune, each recorded in the trial log before it runs and again when it ended.
 
     A search is rebuilt from the log alone: finished trials are told to the study, unfinished ones are proposed again
-    under their numbers before anything new is.
+    under their numbers before anything new is. So is a trial whose worker was lost.
     """
 
-    def __init__(self, plan: SearchPlan, log: TrialLog, task: TrialTask, on_end: Callable[[Finished], None]) -> None:
+    def __init__(
+        self,
+        plan: SearchPlan,
+        log: TrialLog,
+        task: TrialTask,
+        on_end: Callable[[Finished], None],
+        room: Callable[[int], int] = lambda left: left,
+        on_lost: Callable[[Proposed, bool], None] = lambda record, with_node: None,
+    ) -> None:
+        """
+        Args:
+            plan: what to search, and how far.
+            log: the run's trials so far; grows.
+            task: what the trials share.
+            on_end: called with every trial's record when it ended.
+            room: number of trials that may run now, given how many are to run or to end.
+            on_lost: called with a trial that lost its worker and goes on elsewhere, and whether its node went too.
+        """
         super().__init__(metric="accuracy", mode="max")
         self._plan, self._log, self._task, self._on_end = plan, log, task, on_end
+        self._room, self._on_lost, self._losses = room, on_lost, Losses()
         self._resumed = unfinished(log)
         self._running: dict[str, Proposed] = {}
-        # Trials of an earlier start that this study cannot express; they end in the log alone.
-        self._unknown: set[str] = set()
+        # By trial number: what the study calls it. Trials that it cannot express have no name there.
+        self._names: dict[int, str] = {}
         self._failures = 0
         self.stopped = ""
         self._optuna = OptunaSearch(
@@ -94,7 +73,7 @@ class RecordedSearch(Searcher):
             sampler=plan.sampler,
             points_to_evaluate=[p for r in self._resumed if (p := self._params(r.plan)) is not None] or None,
             study_name="search",
-            storage=_study_storage(plan, log),
+            storage=study_storage(plan, log),
         )
 
     @property
@@ -103,22 +82,27 @@ class RecordedSearch(Searcher):
         return len(self._resumed) + max(0, self._plan.max_trials - len(searched(self._log)))
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """Return the next trial's configuration, or that there is none."""
-        if self._resumed:
-            record = self._resumed.pop(0)
-            if self._params(record.plan) is None:
-                self._unknown.add(trial_id)
-            else:
-                self._optuna.suggest(trial_id)
-        elif self._is_over():
-            return str(Searcher.FINISHED)
-        else:
-            record = self._propose(self._optuna.suggest(trial_id))
+        """Return the next trial's configuration, None where there is no room for it now, or that there is none."""
+        if not self._resumed and self._is_over():
+            # A trial that runs may yet lose its worker, and has to be begun again then.
+            return None if self._running else str(Searcher.FINISHED)
+        if len(self._running) >= self._room(self.remaining + len(self._running)):
+            return None
+        record = self._again(trial_id) if self._resumed else self._propose(trial_id)
         self._running[trial_id] = record
         return {"trial": record.trial, "plan": record.plan, "seed": record.seed}
 
+    def _again(self, trial_id: str) -> Proposed:
+        """Take the oldest trial that was proposed and has not ended."""
+        record = self._resumed.pop(0)
+        if record.trial not in self._names and self._params(record.plan) is not None:
+            # The study has its point at the head of its queue.
+            self._optuna.suggest(trial_id)
+            self._names[record.trial] = trial_id
+        return record
+
     def _params(self, plan: str) -> dict[str, int] | None:
-        return _params(self._plan, plan)
+        return params_of_plan(self._plan, plan)
 
     def _is_over(self) -> bool:
         running = [PruningPlan.parse(each.plan).cell for each in self._running.values()]
@@ -129,8 +113,9 @@ class RecordedSearch(Searcher):
             or (self._plan.allowance is not None and self._plan.allowance.is_spent(ended(self._log), running))
         )
 
-    def _propose(self, params: dict[str, int]) -> Proposed:
-        number = self._log.next_trial
+    def _propose(self, trial_id: str) -> Proposed:
+        params, number = self._optuna.suggest(trial_id), self._log.next_trial
+        self._names[number] = trial_id
         record = Proposed(
             trial=number,
             plan=str(self._plan.ranking.plan(self._plan.cell_of(params))),
@@ -144,24 +129,34 @@ class RecordedSearch(Searcher):
         return record
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Accuracies of earlier epochs are not told to the sampler: they rank cells wrongly."""
+        """Note that the trial went on; the sampler is not told of earlier epochs, which rank cells wrongly."""
+        self._losses.progress(self._running[trial_id].trial)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Record how a trial ended, and tell the study."""
+        """Record how a trial ended, and tell the study; of an error, `lost` is called next."""
+        if not error:
+            self._end(trial_id, result or {}, (result or {}).get("error", ""))
+
+    def lost(self, trial_id: str, with_node: bool) -> None:
+        """Begin a trial again that lost its worker, alone or with the node, unless that keeps happening to it."""
+        record = self._running[trial_id]
+        if self._losses.is_final(record.trial, with_node):
+            self._end(trial_id, {}, _left_reason(self._task, record.trial))
+            return
+        self._resumed.insert(0, self._running.pop(trial_id))
+        self._on_lost(record, with_node)
+
+    def _end(self, trial_id: str, result: dict[str, Any], reason: str) -> None:
         proposed = self._running.pop(trial_id)
-        record = self._finished(proposed, result or {}, error)
+        record = Finished.of(proposed, result, reason)
         self._log.finish(record)
-        if trial_id not in self._unknown:
+        if (name := self._names.get(proposed.trial)) is not None:
             told = None if record.accuracy is None else {"accuracy": record.accuracy}
-            self._optuna.on_trial_complete(trial_id, told, error=told is None)
+            self._optuna.on_trial_complete(name, told, error=told is None)
         self._failures = self._failures + 1 if record.accuracy is None else 0
         if self._failures >= self._plan.max_failures:
             self.stopped = f"{self._failures} trials in a row failed; the last one: {record.error}"
         self._on_end(record)
-
-    def _finished(self, proposed: Proposed, result: dict[str, Any], error: bool) -> Finished:
-        reason = result.get("error", "") or (_left_reason(self._task, proposed.trial) if error else "")
-        return Finished.of(proposed, result, reason)
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles the searcher for its own restore, which is not used: the trial log is the state."""
@@ -178,29 +173,6 @@ def _left_reason(task: TrialTask, number: int) -> str:
     store = RunStore(task.checkpoints)
     name = error_location(task, number).rsplit("/", 1)[-1]
     return store.read(name).decode() if store.exists(name) else "its worker was lost"
-
-
-def _params(plan: SearchPlan, removed: str) -> dict[str, int] | None:
-    """Return what the study calls a plan; None for one that is not the ranking's, or does not fit the parameters."""
-    parsed = PruningPlan.parse(removed)
-    return plan.params_of(parsed.cell) if parsed in plan.ranking else None
-
-
-def _study_storage(plan: SearchPlan, log: TrialLog) -> optuna.storages.InMemoryStorage:
-    """Return a storage whose study `search` holds every trial that tells of the surface and fits the parameters."""
-    storage = optuna.storages.InMemoryStorage()
-    study = optuna.create_study(storage=storage, study_name="search", direction="maximize", sampler=plan.sampler)
-    for finished in surface_trials(log, plan.ranking):
-        params = _params(plan, finished.plan)
-        if params is None:
-            continue
-        state = TrialState.FAIL if finished.accuracy is None else TrialState.COMPLETE
-        study.add_trial(
-            optuna.trial.create_trial(
-                state=state, value=finished.accuracy, params=params, distributions=plan.distributions
-            )
-        )
-    return storage
 
 
 @contextmanager
@@ -229,30 +201,30 @@ def _interruptible() -> Iterator[None]:
 
 
 def run_search(
-    plan: SearchPlan,
+    search: RecordedSearch,
     log: TrialLog,
     task: TrialTask,
     resources: dict[str, float],
     concurrent: int,
-    on_end: Callable[[Finished], None],
     waiting: Waiting,
 ) -> None:
-    """Run all trials that are left, `concurrent` at a time; every one is in the log when this returns.
+    """Run all trials that are left, `concurrent` at a time at most; every one is in the log when this returns.
 
     Args:
-        plan: what to search, and how far.
+        search: proposes trials, and records them.
         log: the run's trials so far; grows.
         task: what the trials share.
         resources: Ray resources of one trial.
         concurrent: number of trials at a time.
-        on_end: called with every trial's record when it ended.
         waiting: says why no trial runs.
 
     Raises:
         SearchFailed: too many trials in a row failed.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    search = RecordedSearch(plan, log, task, on_end)
+    # Every trial's end has its line and its record; Tune would add traces of those that go on elsewhere.
+    for name in ("tune", "execution.tune_controller"):
+        logging.getLogger(f"ray.tune.{name}").setLevel(logging.CRITICAL)
     trainable = tune.with_resources(
         tune.with_parameters(PruningTrial, task=task), tune.PlacementGroupFactory([resources])
     )
@@ -261,7 +233,8 @@ def run_search(
             trainable,
             tune_config=tune.TuneConfig(
                 search_alg=search,
-                num_samples=max(1, search.remaining),
+                # The search itself says when it is over: a trial whose worker was lost is proposed again.
+                num_samples=-1,
                 max_concurrent_trials=concurrent,
                 reuse_actors=True,
             ),
@@ -269,8 +242,9 @@ def run_search(
                 name="trials",
                 storage_path=scratch,
                 verbose=0,
-                failure_config=tune.FailureConfig(max_failures=RETRIES),
-                callbacks=[WaitingTrials(waiting)],
+                # Tune's checkpoints would have to be written here, to where workers of other nodes see nothing.
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                callbacks=[LossCallback(search.lost), WaitingTrials(waiting)],
             ),
         )
         with _interruptible():

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 from dpt_search.config import BadConfig, RunConfig
@@ -19,6 +18,7 @@ from dpt_search.export_stages import baseline, export
 from dpt_search.hints import prior_surface
 from dpt_search.probe_stage import probe
 from dpt_search.progress import duration
+from dpt_search.recipes import recipe_inputs
 from dpt_search.refine import refine
 from dpt_search.run import Run, base_task, digest_of, identity_of, read_ranking
 from dpt_search.search_stages import chosen_row, recommend_stage, search
@@ -34,7 +34,7 @@ def dense(run: Run) -> None:
 
     def work(digest: str) -> None:
         config = run.config
-        if config.compiled:
+        if config.compiled or any(recipe.compile for recipe in (config.adapt, config.trial, config.finetune)):
             # Before anything is trained.
             run.call("trainables.compiling:check_compiler_of", config.device)
         errors = _absorb(run)
@@ -204,7 +204,7 @@ def finetune(run: Run) -> None:
 def _finetune_inputs(run: Run, chosen: dict[str, Any]) -> Any:
     weights = run.start_weights
     started = digest_of(run.store.read_json("stages/probe.json")) if weights else ""
-    return [chosen["plan"], asdict(run.config.finetune), identity_of(run.config), started]
+    return [chosen["plan"], recipe_inputs(run.config.finetune), identity_of(run.config), started]
 
 
 def report(run: Run) -> str:

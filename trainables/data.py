@@ -18,15 +18,17 @@ import filelock
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
 
 from search_spaces.timm_compat import timm
+from trainables.batches import Pieces, Share, epoch_order, grain, key_of, seed_augmentation
 from trainables.locations import resolve
 from trainables.settings import DataSettings, Recipe
 from trainables.splits import Indices, assign, balanced_subset
 from trainables.tables import BadData, Table, open_tables
 
 Batch = tuple[torch.Tensor, torch.Tensor]
+ALONE = Share()
 
 
 @dataclass(frozen=True)
@@ -95,18 +97,22 @@ class ImageSet:
         return len(self.labels)
 
     def train_batches(
-        self, recipe: Recipe, seed: int, epoch: int, *, rank: int = 0, world: int = 1, workers: int = 0
+        self, recipe: Recipe, seed: int, epoch: int, *, share: Share = ALONE, workers: int = 0
     ) -> Iterator[Batch]:
-        """Iterate over this worker's share of one epoch: shuffled by (seed, epoch), augmented, full batches only."""
-        dataset = _Transformed(self, self.view.transform(recipe))
-        sampler: DistributedSampler[int] = DistributedSampler(dataset, world, rank, seed=seed)
-        sampler.set_epoch(epoch)
-        size = recipe.batch_size // world
-        return iter(DataLoader(dataset, size, sampler=sampler, drop_last=True, num_workers=workers))
+        """Iterate over a worker's pieces of the batches of an epoch, augmented by (seed, epoch, image, repeat)."""
+        order = epoch_order(len(self), recipe, seed, epoch)
+        pieces = Pieces(order, share.of(recipe.batch_size, grain(recipe)))
+        dataset = _Augmented(self, self.view.transform(recipe), seed, epoch)
+        return iter(DataLoader(dataset, batch_sampler=pieces, num_workers=workers))
 
     def eval_batches(self, batch_size: int = 256, workers: int = 0) -> Iterator[Batch]:
         """Iterate over all images in order."""
         return iter(DataLoader(_Transformed(self, self.view.transform(None)), batch_size, num_workers=workers))
+
+    def picture(self, index: int) -> Image.Image:
+        """Return one decoded image."""
+        pixels = self.pixels[index]
+        return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
 class _Transformed(Dataset[tuple[torch.Tensor, int]]):
@@ -119,9 +125,19 @@ class _Transformed(Dataset[tuple[torch.Tensor, int]]):
         return len(self._images)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        pixels = self._images.pixels[index]
-        image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-        return self._transform(image), int(self._images.labels[index])
+        return self._transform(self._images.picture(index)), int(self._images.labels[index])
+
+
+class _Augmented(Dataset[tuple[torch.Tensor, int]]):
+    """An image set seen through a random transform; what is random follows from the seed, the epoch and the image."""
+
+    def __init__(self, images: ImageSet, transform: Any, seed: int, epoch: int) -> None:
+        self._images, self._transform, self._key = images, transform, (seed, epoch)
+
+    def __getitem__(self, drawn: list[int]) -> tuple[torch.Tensor, int]:
+        index, repeat = drawn
+        seed_augmentation(key_of(*self._key, index, repeat))
+        return self._transform(self._images.picture(index)), int(self._images.labels[index])
 
 
 def load_images(

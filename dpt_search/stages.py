@@ -34,11 +34,13 @@ def dense(run: Run) -> None:
 
     def work(digest: str) -> None:
         config = run.config
+        # Before anything is trained.
         if config.compiled or any(recipe.compile for recipe in (config.adapt, config.trial, config.finetune)):
-            # Before anything is trained.
             run.call("trainables.compiling:check_compiler_of", config.device)
         errors = _absorb(run)
         before = run.task() | {"model": run.unadapted}
+        if _recomputes_changing_blocks(config):
+            run.call("trainables.recomputing:check_recomputing", type(base_task(run))(**before))
         known = run.call("trainables.dense_check:check_model", type(base_task(run))(**before))
         refused = known.pop("refused")
         for reason in refused:
@@ -70,6 +72,14 @@ def dense(run: Run) -> None:
     found = run.store.read_json("dense/dense.json")
     check_units(run.config, RatioSpace(len(found["units"]["attn"]), len(found["units"]["act"])))
     run.say(f"dense accuracy on val {found['accuracy']:.2%} (chance {found['chance']:.1%})")
+
+
+def _recomputes_changing_blocks(config: RunConfig) -> bool:
+    """Say whether activations are recomputed by a training that changes the blocks, as probe and fading do."""
+    fading = config.attention == "double" and (
+        config.trial.recompute_activations or config.finetune.recompute_activations
+    )
+    return fading or (config.probe_epochs > 0 and config.trial.recompute_activations)
 
 
 def _absorb(run: Run) -> dict[str, float]:

@@ -17,8 +17,9 @@ from trainables.data import View, load_images
 from trainables.dense import build_model
 from trainables.devices import DEVICES, half_precision
 from trainables.engine import Training, evaluate
-from trainables.recomputing import recompute_activations
-from trainables.settings import Recipe
+from trainables.recomputing import check_recomputing, recompute_activations
+from trainables.settings import DataSettings, ModelSettings, Recipe
+from trainables.tasks import Task
 
 CPU = torch.device("cpu")
 VIEW = View((1, SIDE, SIDE), (0.4,), (0.25,), "bicubic", 1.0)
@@ -92,8 +93,10 @@ def test_blocks_recompute_where_timm_cannot():
     assert len(calls[1]) == 2 * len(calls[0]) > 0
     with torch.no_grad():
         assert torch.equal(models[0](pixels), models[1](pixels))
+    task = Task(ModelSettings("pit_ti_224", {"img_size": 64}), DataSettings(), 0, "cpu", 1, "zero")
     with pytest.raises(BadInput, match="recompute_activations cannot be had for PoolingVisionTransformer"):
-        recompute_activations(models[0], blocks_stay=False)
+        check_recomputing(task)
+    check_recomputing(replace(task, model=ModelSettings("vit_tiny_patch16_224")))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from search_spaces import BadInput
 from search_spaces.blocks import blocks_of
+from trainables.dense import build_model
+from trainables.tasks import Task
 
 
 def recompute_activations(model: torch.nn.Module, *, blocks_stay: bool) -> None:
@@ -36,6 +38,15 @@ def recompute_activations(model: torch.nn.Module, *, blocks_stay: bool) -> None:
         )
     for _, block, _ in list(blocks_of(model)):
         block.forward = partial(_recomputed, block.forward)
+
+
+def check_recomputing(task: Task) -> None:
+    """Make sure that a task's model can recompute activations in trainings that change its blocks.
+
+    Raises:
+        BadInput: it cannot.
+    """
+    recompute_activations(build_model(task.model, seed=task.seed), blocks_stay=False)
 
 
 def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:

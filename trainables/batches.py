@@ -106,8 +106,10 @@ def key_of(*parts: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big")
 
 
-def seed_augmentation(key: int) -> None:
-    """Seed what transforms draw from: the generators of Python, of NumPy, and torch's of the CPU."""
+def seed_augmentation(key: int, recipe: Recipe) -> None:
+    """Seed what the recipe's transforms draw from: the generators of Python, torch's of the CPU, and NumPy's."""
     random.seed(key)
-    np.random.seed(key % 2**32)
     torch.default_generator.manual_seed(key)
+    if recipe.auto_augment:
+        # Nothing else of timm's draws from it, and seeding takes as long as some transforms.
+        np.random.seed(key % 2**32)

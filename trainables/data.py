@@ -122,7 +122,7 @@ class ImageSet:
         """Iterate over a worker's pieces of the batches of an epoch, augmented by (seed, epoch, image, repeat)."""
         order = epoch_order(len(self), recipe, seed, epoch)
         pieces = Pieces(order, share.of(recipe.batch_size, grain(recipe)))
-        dataset = _Augmented(self, self.view.transform(recipe), seed, epoch)
+        dataset = _Augmented(self, recipe, seed, epoch)
         return iter(DataLoader(dataset, batch_sampler=pieces, num_workers=workers))
 
     def eval_batches(self, batch_size: int = 256, workers: int = 0) -> Iterator[Batch]:
@@ -151,12 +151,13 @@ class _Transformed(Dataset[tuple[torch.Tensor, int]]):
 class _Augmented(Dataset[tuple[torch.Tensor, int]]):
     """An image set seen through a random transform; what is random follows from the seed, the epoch and the image."""
 
-    def __init__(self, images: ImageSet, transform: Any, seed: int, epoch: int) -> None:
-        self._images, self._transform, self._key = images, transform, (seed, epoch)
+    def __init__(self, images: ImageSet, recipe: Recipe, seed: int, epoch: int) -> None:
+        self._images, self._recipe, self._key = images, recipe, (seed, epoch)
+        self._transform = images.view.transform(recipe)
 
     def __getitem__(self, drawn: list[int]) -> tuple[torch.Tensor, int]:
         index, repeat = drawn
-        seed_augmentation(key_of(*self._key, index, repeat))
+        seed_augmentation(key_of(*self._key, index, repeat), self._recipe)
         return self._transform(self._images.picture(index)), int(self._images.labels[index])
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from dpt_search.recipes import LATER_IN_RECIPES, adapt_recipe, finetune_recipe, worker_range, wrong_with
 from search_spaces import BadInput
 from search_spaces.budgets import Budget, parse_budgets
 from search_spaces.plan import Attention, PruningPlan
@@ -22,14 +23,6 @@ SAMPLER_NAMES = ("map", "tpe", "gp", "cmaes", "qmc", "random", "grid")
 
 class BadConfig(BadInput):
     """The configuration cannot be used; the message names the field and says what to do."""
-
-
-def _adapt_recipe() -> Recipe:
-    return Recipe(epochs=0, lr=2e-3, warmup_epochs=0.5, clip_grad=1.0)
-
-
-def _finetune_recipe() -> Recipe:
-    return Recipe(epochs=10, lr=3e-3, warmup_epochs=0.5, ema=0.998, distillation="soft")
 
 
 @dataclass(frozen=True)
@@ -59,7 +52,7 @@ class RunConfig:
     """Units that are never removed, such as "attn:0,11 act:0"; pruning ratios count the others only."""
     attention: Attention = "zero"
     """What stays of a removed attention: zero, nothing; identity, x + norm(x); double, 2 x, reached by a decay."""
-    adapt: Recipe = field(default_factory=_adapt_recipe)
+    adapt: Recipe = field(default_factory=adapt_recipe)
     """How the dense model is adapted to the data first; adapt.epochs=0 (--adapt-epochs) leaves it as it is."""
     ranking: Literal["taylor", "conditional"] = "taylor"
     """How units are ordered: taylor, in one pass; conditional, the rest anew after every removal, a pass per unit."""
@@ -107,10 +100,18 @@ class RunConfig:
     """Accelerators of one trial; a fraction shares one."""
     refine: int = 0
     """Swaps of one unit to try on the plan that is fine-tuned, each a trial; 0 leaves it as it is."""
-    finetune: Recipe = field(default_factory=_finetune_recipe)
+    finetune: Recipe = field(default_factory=finetune_recipe)
     """The long fine-tune of the winner."""
-    finetune_workers: int = 1
-    """Workers of the long fine-tune; they share every batch."""
+    finetune_workers: int | str = 1
+    """Workers of the long fine-tune, which share every batch; 1..4: as many of 4 as there are, and on with fewer."""
+    recipe: Literal["", "hetdpt", "deit", "short"] = ""
+    """What the long fine-tune's fields (finetune.*) are where they are not given; empty: the defaults below."""
+    checkpoint_every: int = 1
+    """Write a state of the long fine-tune no oftener than after so many epochs."""
+    checkpoint_seconds: float = 60.0
+    """Write a state of the long fine-tune no oftener than every so many seconds."""
+    checkpoints: int = 1
+    """States of the long fine-tune to keep, the newest ones."""
     baseline: bool = False
     """Give the dense model the long fine-tune too, at its cost: what is lost against that is lost by pruning alone."""
     export_formats: str = ",".join(FORMATS)
@@ -125,6 +126,11 @@ class RunConfig:
     def chosen_budget(self) -> Budget:
         """The budget whose recommendation is fine-tuned."""
         return parse_budgets(self.finetune_budget)[0] if self.finetune_budget else self.budgets[-1]
+
+    @property
+    def workers(self) -> tuple[int, int]:
+        """The fewest and the most workers of the long fine-tune."""
+        return worker_range(self.finetune_workers)
 
     @property
     def kept(self) -> PruningPlan:
@@ -152,12 +158,15 @@ class RunConfig:
 _GROWING = (
     "run_dir", "budget", "finetune_budget", "max_trials", "max_hours", "trial_timeout", "max_concurrent",
     "max_failures", "cpus_per_trial", "devices_per_trial", "finetune.", "finetune_workers", "data.cache_dir",
-    "data.workers", "data.root", "timing_batches", "timing_seconds", "compiled", "sampler", "design", "probe_",
-    "refine", "prior", "max_attn", "max_act", "baseline", "export_formats",
+    "data.workers", "data.root", "data.stream", "timing_batches", "timing_seconds", "compiled", "sampler", "design",
+    "probe_", "refine", "prior", "max_attn", "max_act", "baseline", "export_formats", "recipe", "checkpoint",
 )  # fmt: skip
 """Fields, or groups of them, that a later start may change."""
 
-LATER = {"ranking": "taylor", "start": "dense", "keep": "", "attention": "zero", "model.gated": "keep"}
+LATER = {
+    "ranking": "taylor", "start": "dense", "keep": "", "attention": "zero", "model.gated": "keep",
+    **{f"{recipe}.{name}": value for recipe in ("adapt", "trial") for name, value in LATER_IN_RECIPES.items()},
+}  # fmt: skip
 """Identity fields that earlier versions lacked, and what those versions did: with it, their records stay valid."""
 
 
@@ -177,7 +186,7 @@ def check(config: RunConfig) -> None:
                 f"finetune_budget {config.finetune_budget!r} is not one of budget {config.budget!r}: name one "
                 "of them, or leave it empty for the last"
             )
-        _ = config.kept
+        _ = config.kept, config.workers
     except BadConfig:
         raise
     except ValueError as error:
@@ -202,11 +211,9 @@ def _check_recipes(config: RunConfig) -> None:
         recipe: Recipe = getattr(config, name)
         if not recipe.epochs:
             continue
-        workers = 1 if name == "trial" else config.finetune_workers
-        if recipe.batch_size % workers:
-            raise BadConfig(f"{name}.batch_size must be a multiple of finetune_workers ({workers})")
-        if (recipe.mixup or recipe.cutmix) and recipe.batch_size // workers % 2:
-            raise BadConfig(f"{name}.batch_size must be even for every worker with mixup or cutmix")
+        wrong = wrong_with(recipe, 1 if name == "trial" else config.workers[1], config.attention)
+        if wrong:
+            raise BadConfig(f"{name}.{wrong}")
         if config.data.subset and name == "trial" and config.data.subset < recipe.batch_size:
             raise BadConfig(
                 f"data.subset ({config.data.subset}) is smaller than trial.batch_size ({recipe.batch_size})"
@@ -229,10 +236,12 @@ _LOWEST: dict[str, float] = {
     "max_failures": 1,
     "cpus_per_trial": 1,
     "devices_per_trial": 0.01,
-    "finetune_workers": 1,
+    "checkpoint_every": 1,
+    "checkpoints": 1,
     "rank_batches": 1,
     **{f"{recipe}.epochs": 1 for recipe in ("trial", "finetune")},
     **{f"{recipe}.batch_size": 1 for recipe in ("adapt", "trial", "finetune")},
+    **{f"{recipe}.repeated_augmentation": 1 for recipe in ("adapt", "trial", "finetune")},
     **{f"{recipe}.temperature": 0.01 for recipe in ("adapt", "trial", "finetune")},
 }
 """Smallest values; of a number that is not here, 0."""

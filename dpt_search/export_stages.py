@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from dpt_search.costs_table import read_costs
+from dpt_search.recipes import recipe_inputs
 from dpt_search.run import Run, digest_of, identity_of
 from dpt_search.store import BadRun
 from dpt_search.training import clear, train
@@ -33,7 +33,7 @@ def baseline(run: Run) -> None:
 
 
 def _baseline_inputs(run: Run) -> Any:
-    return ["dense", asdict(run.config.finetune), identity_of(run.config)]
+    return ["dense", recipe_inputs(run.config.finetune), identity_of(run.config)]
 
 
 def _baseline_weights(run: Run) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from dpt_search.config import BadConfig, RunConfig
+from dpt_search.recipes import PRESETS, preset
 from dpt_search.store import BadRun, RunStore
 from trainables.locations import resolve
 
@@ -110,7 +111,12 @@ def read_config(verb: str, argv: list[str]) -> RunConfig:
         argv = ["--help"]
     if not {"-h", "--help", "--print_config"} & set(argv):
         argv = _with_base(argv, verb)
+    argv = _with_recipe(argv)
     parsed = parser.parse_args(argv)
+    if parsed.recipe:
+        # Under what YAML and flags say.
+        parser.set_defaults({f"finetune.{name}": value for name, value in preset(parsed.recipe).items()})
+        parsed = parser.parse_args(argv)
     values = parsed.as_dict()
     directory = values.pop("run", None)
     values.pop("config", None)
@@ -165,6 +171,17 @@ def _with_base(argv: list[str], verb: str) -> list[str]:
     if verb != "run" and directory:
         raise BadConfig(f"{directory!r} is no run directory: begin one with --config, or name its model and data")
     return [f"--config={resolve(EMBEDDED)[1]}", *argv]
+
+
+def _with_recipe(argv: list[str]) -> list[str]:
+    """Put the fields of `--recipe NAME` behind all YAML and before all other flags, which go over them."""
+    name = _value(argv, "recipe")
+    if name not in PRESETS:
+        return argv
+    fields = f"--config={json.dumps({'finetune': preset(name)})}"
+    configs = [n for n, argument in enumerate(argv) if argument.partition("=")[0] == "--config"]
+    after = configs[-1] + (1 if "=" in argv[configs[-1]] else 2) if configs else 0
+    return [*argv[:after], fields, *argv[after:]]
 
 
 def _value(argv: list[str], name: str) -> str | None:

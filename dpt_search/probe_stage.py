@@ -14,6 +14,7 @@ from dpt_search.decisions import goals_of
 from dpt_search.hints import hints_of
 from dpt_search.posterior import Hint
 from dpt_search.probe_table import NAME, SCHEMA, write_probe
+from dpt_search.recipes import recipe_inputs
 from dpt_search.remote import Pending, StageFailed, begin
 from dpt_search.run import Run, identity_of, read_ranking
 from search_spaces.ratios import Cell, spread
@@ -136,7 +137,7 @@ def _write(run: Run, task: ProbeTask, found: dict[str, Any]) -> None:
 
 def _inputs(run: Run, task: ProbeTask) -> list[Any]:
     lines = task.lines if task.draw == "line" or task.sandwich else ()
-    about = [asdict(task.recipe), asdict(task.ranking), task.cells, task.draw, task.sandwich]
+    about = [recipe_inputs(task.recipe), asdict(task.ranking), task.cells, task.draw, task.sandwich]
     return [identity_of(run.config), *about, lines]
 
 
@@ -153,7 +154,11 @@ def probe_task(run: Run) -> ProbeTask:
     return ProbeTask(
         **run.task(config.cpus_per_trial),
         recipe=replace(
-            config.trial, epochs=config.probe_epochs, lr=config.probe_lr or config.trial.lr, distillation="soft"
+            config.trial,
+            epochs=config.probe_epochs,
+            lr=config.probe_lr or config.trial.lr,
+            distillation="soft",
+            compile=False,
         ),
         ranking=ranking,
         lines=lines,

@@ -61,31 +61,36 @@ class EpochLines:
 
     def __init__(self, say: Callable[[str], None], store: RunStore, name: str, digest: str, epochs: int) -> None:
         self._say, self._store, self._name, self._digest, self._epochs = say, store, name, digest, epochs
-        self._shown = len(self._records())
+        records = self._records()
+        self._shown = records["saved"] if records else 0
+        if records:
+            # What comes after the newest state is done again.
+            store.write_json(name, {**records, "epochs": records["epochs"][: self._shown]})
         if self._shown:
             say(f"going on after epoch {self._shown}")
 
     def done(self) -> int:
-        """Return how many epochs are done."""
-        return len(self._records())
+        """Return how many epochs are done and need not be done again."""
+        return int(self._records().get("saved", 0))
 
     def show(self) -> None:
         """Say what has happened since the last call."""
-        records = self._records()
+        records = self._records().get("epochs", [])
         for record in records[self._shown :]:
             left = record["seconds"] * (self._epochs - record["epoch"])
             self._say(
                 f"epoch {record['epoch']} of {self._epochs}: loss {record['loss']:.3f}, val {record['accuracy']:.1%}, "
                 f"{record['images_per_second']:.0f} images/s; {duration(left)} left"
             )
-        self._shown = len(records)
+        self._shown = max(self._shown, len(records))
 
-    def _records(self) -> list[dict[str, Any]]:
-        found = self._store.read_json(self._name)
-        if found is None or found["inputs"] != self._digest:
-            return []
-        records: list[dict[str, Any]] = found["epochs"]
-        return records
+    def _records(self) -> dict[str, Any]:
+        """Return what the workers recorded of this training; nothing where there is none."""
+        found: dict[str, Any] = self._store.read_json(self._name) or {}
+        if found.get("inputs") != self._digest:
+            return {}
+        # Of versions that wrote a state after every epoch.
+        return {"saved": len(found["epochs"]), **found}
 
 
 def duration(seconds: float) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 from dpt_search.config import BadConfig, RunConfig
@@ -19,6 +18,7 @@ from dpt_search.export_stages import baseline, export
 from dpt_search.hints import prior_surface
 from dpt_search.probe_stage import probe
 from dpt_search.progress import duration
+from dpt_search.recipes import recipe_inputs
 from dpt_search.refine import refine
 from dpt_search.run import Run, base_task, digest_of, identity_of, read_ranking
 from dpt_search.search_stages import chosen_row, recommend_stage, search
@@ -36,10 +36,12 @@ def dense(run: Run) -> None:
         config = run.config
         # Before anything is trained.
         run.call("trainables.devices:check_device", config.device)
-        if config.compiled:
+        if config.compiled or any(recipe.compile for recipe in (config.adapt, config.trial, config.finetune)):
             run.call("trainables.compiling:check_compiler_of", config.device)
         errors = _absorb(run)
         before = run.task() | {"model": run.unadapted}
+        if _recomputes_changing_blocks(config):
+            run.call("trainables.recomputing:check_recomputing", type(base_task(run))(**before))
         known = run.call("trainables.dense_check:check_model", type(base_task(run))(**before))
         refused = known.pop("refused")
         for reason in refused:
@@ -71,6 +73,14 @@ def dense(run: Run) -> None:
     found = run.store.read_json("dense/dense.json")
     check_units(run.config, RatioSpace(len(found["units"]["attn"]), len(found["units"]["act"])))
     run.say(f"dense accuracy on val {found['accuracy']:.2%} (chance {found['chance']:.1%})")
+
+
+def _recomputes_changing_blocks(config: RunConfig) -> bool:
+    """Say whether activations are recomputed by a training that changes the blocks, as probe and fading do."""
+    fading = config.attention == "double" and (
+        config.trial.recompute_activations or config.finetune.recompute_activations
+    )
+    return fading or (config.probe_epochs > 0 and config.trial.recompute_activations)
 
 
 def _absorb(run: Run) -> dict[str, float]:
@@ -205,7 +215,7 @@ def finetune(run: Run) -> None:
 def _finetune_inputs(run: Run, chosen: dict[str, Any]) -> Any:
     weights = run.start_weights
     started = digest_of(run.store.read_json("stages/probe.json")) if weights else ""
-    return [chosen["plan"], asdict(run.config.finetune), identity_of(run.config), started]
+    return [chosen["plan"], recipe_inputs(run.config.finetune), identity_of(run.config), started]
 
 
 def report(run: Run) -> str:

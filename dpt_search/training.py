@@ -33,11 +33,16 @@ def train(
         What `long_finetune.finetune` does.
     """
     run.start_ray()
-    workers = _workers(run)
+    config, (fewest, most) = run.config, _workers(run)
+    known = run.store.read_json(f"{folder}/progress.json")
+    if known is None or known["inputs"] != digest:
+        # Of another training.
+        clear(run, folder)
     task = FinetuneTask(
-        **told | {"threads": run.config.cpus_per_trial},
-        recipe=recipe, plan=str(plan), folder=run.store.path(folder), inputs=digest, workers=workers,
-        start=run.start_weights if plan.units else "",
+        **told | {"threads": config.cpus_per_trial},
+        recipe=recipe, plan=str(plan), folder=run.store.path(folder), inputs=digest, workers=most, fewest=fewest,
+        start=run.start_weights if plan.units else "", checkpoint_every=config.checkpoint_every,
+        checkpoint_seconds=config.checkpoint_seconds, checkpoints=config.checkpoints,
     )  # fmt: skip
     lines = EpochLines(run.say, run.store, f"{folder}/progress.json", digest, recipe.epochs)
     each = {name: amount - COORDINATOR for name, amount in run.finetune_resources.items()}
@@ -58,19 +63,19 @@ def train(
         return result
 
 
-def _workers(run: Run) -> int:
-    """Return the number of workers: what was asked for, or what this machine holds; a cluster may still grow."""
+def _workers(run: Run) -> tuple[int, int]:
+    """Return the fewest and the most workers: what was asked for, or what this machine holds; a cluster may grow."""
     from dpt_search.remote import capacity, is_cluster
 
-    wanted, held = run.config.finetune_workers, capacity(run.finetune_resources)
-    if wanted <= held or is_cluster():
-        return wanted
-    fits = max(n for n in range(1, held + 1) if wanted % n == 0)
-    run.say(f"finetune_workers is {wanted}, but this machine holds {held}: using {fits}")
-    return fits
+    (fewest, most), held = run.config.workers, capacity(run.finetune_resources)
+    if most > held and not is_cluster():
+        run.say(f"finetune_workers is {run.config.finetune_workers}, but this machine holds {held}: using {held}")
+        return min(fewest, held), held
+    return fewest, most
 
 
 def clear(run: Run, folder: str) -> None:
     """Delete what a fine-tune goes on from, once its stage is done and recorded."""
-    for name in ("state.pt", "result.json", "progress.json"):
-        run.store.delete(f"{folder}/{name}")
+    for name in run.store.names(folder):
+        if name in ("result.json", "progress.json") or (name.startswith("state") and name.endswith(".pt")):
+            run.store.delete(f"{folder}/{name}")

@@ -196,7 +196,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def make(folder: Path) -> None:
         embedded_part(
             folder, {"train": 640, "probe": 100, "val": 300, "test": 300}, data={"subset": 320}, max_trials=4,
-            max_concurrent=1, timing_seconds=1.0, rank_batches=2, probe_epochs=1,
+            max_concurrent=1, timing_seconds=1.0, rank_batches=2, probe_epochs=1, checkpoint_seconds=0.0,
             trial={"epochs": 2, "batch_size": 32}, finetune={"epochs": 4, "batch_size": 32},
         )  # fmt: skip
 

@@ -10,6 +10,7 @@ import pytest
 
 from dpt_search.config import BadConfig, RunConfig, check, check_same_run, identity
 from dpt_search.options import DESCRIPTIONS, read_config
+from dpt_search.recipes import LATER_IN_RECIPES, PRESETS, recipe_inputs
 from dpt_search.run import identity_of
 from dpt_search.store import RunStore
 from trainables.settings import DataSettings, ModelSettings, Recipe
@@ -18,12 +19,15 @@ BASE = RunConfig(ModelSettings("vit_tiny_patch16_224"), DataSettings("cifar10"),
 MAY_GROW = {
     "run_dir", "budget", "finetune_budget", "max_trials", "max_hours", "trial_timeout", "max_concurrent",
     "max_failures", "cpus_per_trial", "devices_per_trial", "finetune_workers", "data.cache_dir", "data.workers",
-    "data.root", "timing_batches", "timing_seconds", "compiled", "sampler", "design", "probe_epochs", "probe_lr",
-    "probe_draw", "probe_sandwich", "probe_cells", "refine", "prior", "max_attn", "max_act", "baseline",
-    "export_formats", *(f"finetune.{f.name}" for f in fields(Recipe)),
+    "data.root", "data.stream", "timing_batches", "timing_seconds", "compiled", "sampler", "design", "probe_epochs",
+    "probe_lr", "probe_draw", "probe_sandwich", "probe_cells", "refine", "prior", "max_attn", "max_act", "baseline",
+    "export_formats", "recipe", "checkpoint_every", "checkpoint_seconds", "checkpoints",
+    *(f"finetune.{f.name}" for f in fields(Recipe)),
 }  # fmt: skip
 AT_LEAST = {
-    "max_trials": 1, "max_failures": 1, "cpus_per_trial": 1, "devices_per_trial": 0.01, "finetune_workers": 1,
+    "max_trials": 1, "max_failures": 1, "cpus_per_trial": 1, "devices_per_trial": 0.01, "checkpoint_every": 1,
+    "checkpoints": 1, "trial.repeated_augmentation": 1, "finetune.repeated_augmentation": 1,
+    "adapt.repeated_augmentation": 1,
     "rank_batches": 1, "trial.epochs": 1, "finetune.epochs": 1, "trial.batch_size": 1, "finetune.batch_size": 1,
     "adapt.batch_size": 1, "trial.temperature": 0.01, "finetune.temperature": 0.01, "adapt.temperature": 0.01,
 }  # fmt: skip
@@ -41,7 +45,11 @@ def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 FIELDS = dict(flat(BASE))
-NUMBERS = [name for name, value in FIELDS.items() if isinstance(value, int | float) and not isinstance(value, bool)]
+NUMBERS = [
+    name
+    for name, value in FIELDS.items()
+    if isinstance(value, int | float) and not isinstance(value, bool) and name != "finetune_workers"
+]
 
 
 def changed(config: RunConfig, name: str, value: Any) -> RunConfig:
@@ -163,7 +171,18 @@ def test_a_share_above_one_is_refused_by_name(name: str) -> None:
         ({"trial.mixup": 0.2, "trial.batch_size": 33}, "trial.batch_size must be even"),
         ({"finetune.cutmix": 0.2, "finetune.batch_size": 33}, "finetune.batch_size must be even"),
         ({"data.subset": 63}, "data.subset (63) is smaller than trial.batch_size (64)"),
-        ({"finetune_workers": 3}, "finetune.batch_size must be a multiple of finetune_workers"),
+        ({"finetune_workers": 65}, "finetune.batch_size (64) is too small for 65 workers"),
+        (
+            {"finetune_workers": "2..33", "finetune.mixup": 0.5},
+            "finetune.batch_size (64) is too small for 33 workers, ",
+        ),
+        ({"finetune_workers": 0}, "finetune_workers is 0: give a number of at least 1, or a range such as 1..4"),
+        ({"finetune_workers": "4..2"}, "finetune_workers is '4..2': give a number of at least 1, or a range"),
+        ({"finetune_workers": "many"}, "finetune_workers is 'many': give a number of at least 1, or a range"),
+        ({"finetune_workers": "-1..2"}, "finetune_workers is '-1..2': give a number of at least 1, or a range"),
+        ({"finetune.betas": [0.9]}, "finetune.betas is [0.9]: give two numbers from 0 to below 1"),
+        ({"trial.betas": [0.9, 1.0]}, "trial.betas is [0.9, 1.0]: give two numbers from 0 to below 1"),
+        ({"trial.compile": True, "attention": "double"}, "trial.compile cannot be had with --attention double"),
     ],
 )
 def test_values_that_make_no_sense_together_are_refused(values: dict[str, Any], message: str) -> None:
@@ -174,7 +193,7 @@ def test_values_that_make_no_sense_together_are_refused(values: dict[str, Any], 
 
 
 @pytest.mark.parametrize(
-    "values", [{"data.path": "", "data.factory": "a.b"}, {"data.subset": 0}, {"finetune_workers": 4}, {"seed": 5}]
+    "values", [{"data.path": "", "data.factory": "a.b"}, {"data.subset": 0}, {"finetune_workers": 3}, {"seed": 5}]
 )
 def test_values_that_make_sense_are_accepted(values: dict[str, Any]) -> None:
     config = BASE
@@ -200,6 +219,67 @@ def test_speed_is_measured_at_the_batch_sizes_of_the_budgets_too() -> None:
 def test_what_came_later_leaves_the_identity_of_earlier_runs_alone() -> None:
     assert not {"keep", "max_attn", "max_act"} & identity_of(BASE).keys()
     assert identity_of(replace(BASE, keep="attn:0"))["keep"] == "attn:0"
+
+
+def test_fields_that_recipes_lacked_leave_earlier_runs_alone_where_they_are_what_those_did() -> None:
+    assert set(recipe_inputs(BASE.finetune)) == {f.name for f in fields(Recipe)} - LATER_IN_RECIPES.keys()
+    assert not [name for name in identity_of(BASE) if name.rpartition(".")[2] in LATER_IN_RECIPES]
+    other = replace(BASE, trial=Recipe(betas=[0.9, 0.99]), finetune=Recipe(compile=True))
+    assert identity_of(other) == identity_of(BASE) | {"trial.betas": [0.9, 0.99]}
+    assert recipe_inputs(other.finetune)["compile"] is True
+    for name, value in LATER_IN_RECIPES.items():
+        assert getattr(Recipe(), name) == value
+
+
+@pytest.mark.parametrize(("given", "workers"), [("2", (2, 2)), ("1..4", (1, 4)), ("3..3", (3, 3)), ("12", (12, 12))])
+def test_workers_are_a_number_or_a_range(given: str, workers: tuple[int, int]) -> None:
+    config = read("run", f"--finetune-workers={given}", "--finetune.batch_size=64")
+    assert config.workers == workers
+    check(config)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_recipe_is_what_the_long_fine_tune_has_where_nothing_else_is_said(tmp_path: Path, name: str) -> None:
+    expected = Recipe(**PRESETS[name])
+    for argv in (
+        ["--recipe", name],
+        [f"--recipe={name}", "--max-trials", "3"],
+        ["--model.name=m", "--data.path=p", "--recipe", name],
+    ):
+        config = read("run", *argv)
+        assert config.finetune == expected
+        check(config)
+    assert read("run").trial == read("run", "--recipe", name).trial
+    assert read("run", "--finetune-epochs", "7", "--recipe", name, "--finetune.mixup=0.3").finetune == replace(
+        expected, epochs=7, mixup=0.3
+    )
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"model: {{name: m}}\ndata: {{path: p}}\nrecipe: {name}\nfinetune: {{lr: 0.5}}\n")
+    assert read("run", "--config", str(file)).finetune == replace(expected, lr=0.5)
+    assert read("run", "--config", str(file), "--finetune.epochs", "9").finetune == replace(expected, lr=0.5, epochs=9)
+    other = "deit" if name == "short" else "short"
+    assert read("run", "--config", str(file), "--recipe", other).finetune == Recipe(**PRESETS[other])
+
+
+def test_a_recipe_goes_over_what_a_run_directory_has_and_stays(tmp_path: Path) -> None:
+    store = RunStore(str(tmp_path / "run"))
+    store.write_json("run.json", {"config": asdict(replace(BASE, finetune=Recipe(epochs=77, lr=0.1)))})
+    now = read("finetune", store.location, "--recipe", "deit", "--finetune.lr", "0.2")
+    assert now.finetune == replace(Recipe(**PRESETS["deit"]), lr=0.2)
+    store.write_json("run.json", {"config": asdict(now)})
+    assert read("finetune", store.location) == now
+    with pytest.raises(BadConfig, match="--recipe"):
+        read("run", "--recipe", "best")
+
+
+def test_the_published_recipe_is_the_published_one() -> None:
+    hetdpt = read("run", "--recipe", "hetdpt").finetune
+    assert (hetdpt.epochs, hetdpt.lr, hetdpt.min_lr, hetdpt.weight_decay, hetdpt.warmup_epochs) == (
+        400, 5e-5, 1e-5, 0.08, 10
+    )  # fmt: skip
+    assert (hetdpt.mixup, hetdpt.cutmix, hetdpt.label_smoothing, hetdpt.drop_path) == (0.8, 1.0, 0.1, 0.1)
+    assert (hetdpt.ema, hetdpt.distillation, hetdpt.distillation_alpha) == (0.99996, "hard", 0.5)
+    assert "rand-m9" in hetdpt.auto_augment
 
 
 def test_the_embedded_example_is_run_when_nothing_is_named() -> None:

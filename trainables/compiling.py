@@ -25,6 +25,18 @@ def compiled(model: torch.nn.Module) -> Callable[..., torch.Tensor]:
     return made
 
 
+def compile_in_place(model: torch.nn.Module) -> None:
+    """Let torch compile a model when it is called, with the names of its weights as they are.
+
+    Raises:
+        BadInput: it cannot be done here.
+    """
+    check_compiler(next(model.parameters()).device)
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, _VARIANTS)
+    model.compile(dynamic=False)
+
+
 def check_compiler(device: torch.device) -> None:
     """Compile something small.
 
@@ -38,8 +50,8 @@ def check_compiler(device: torch.device) -> None:
     except Exception as error:  # every compiler is missing in its own way
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(
-            f"--compiled needs a compiler that torch can use, and there is none: {reason}; install one (g++ for the "
-            "CPU, triton for GPUs), or do without it (of a run: --compiled false)"
+            f"--compiled, or a recipe with compile, needs a compiler that torch can use, and there is none: {reason}; "
+            "install one (g++ for the CPU, triton for GPUs), or do without it (of a run: --compiled false)"
         ) from None
 
 

@@ -12,21 +12,23 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import filelock
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
 
 from search_spaces.timm_compat import timm
+from trainables.batches import Pieces, Share, epoch_order, grain, key_of, seed_augmentation
 from trainables.locations import resolve
 from trainables.settings import DataSettings, Recipe
 from trainables.splits import Indices, assign, balanced_subset
 from trainables.tables import BadData, Table, open_tables
 
 Batch = tuple[torch.Tensor, torch.Tensor]
+ALONE = Share()
 
 
 @dataclass(frozen=True)
@@ -77,17 +79,37 @@ class View:
         )
 
 
+class Pixels(Protocol):
+    """Images by their number, each uint8 of shape (S, S, C), and some of them by a slice."""
+
+    def __getitem__(self, key: Any, /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class StreamedPixels:
+    """Images that are decoded when they are asked for, to exactly what the cache would hold."""
+
+    table: Table
+    indices: Indices
+    view: View
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, slice):
+            return StreamedPixels(self.table, self.indices[key], self.view)
+        return _square(self.table.image(int(self.indices[key])), self.view)
+
+
 @dataclass(frozen=True)
 class ImageSet:
-    """The decoded images of one split, or of a subset of it.
+    """The images of one split, or of a subset of it.
 
     Attributes:
-        pixels: uint8, shape (N, S, S, C); a read-only memory map.
+        pixels: uint8, shape (N, S, S, C): the cache, a read-only memory map; or what decodes them one by one.
         labels: shape (N,).
         view: how the model wants them.
     """
 
-    pixels: np.ndarray
+    pixels: Pixels
     labels: Indices
     view: View
 
@@ -95,18 +117,22 @@ class ImageSet:
         return len(self.labels)
 
     def train_batches(
-        self, recipe: Recipe, seed: int, epoch: int, *, rank: int = 0, world: int = 1, workers: int = 0
+        self, recipe: Recipe, seed: int, epoch: int, *, share: Share = ALONE, workers: int = 0
     ) -> Iterator[Batch]:
-        """Iterate over this worker's share of one epoch: shuffled by (seed, epoch), augmented, full batches only."""
-        dataset = _Transformed(self, self.view.transform(recipe))
-        sampler: DistributedSampler[int] = DistributedSampler(dataset, world, rank, seed=seed)
-        sampler.set_epoch(epoch)
-        size = recipe.batch_size // world
-        return iter(DataLoader(dataset, size, sampler=sampler, drop_last=True, num_workers=workers))
+        """Iterate over a worker's pieces of the batches of an epoch, augmented by (seed, epoch, image, repeat)."""
+        order = epoch_order(len(self), recipe, seed, epoch)
+        pieces = Pieces(order, share.of(recipe.batch_size, grain(recipe)))
+        dataset = _Augmented(self, recipe, seed, epoch)
+        return iter(DataLoader(dataset, batch_sampler=pieces, num_workers=workers))
 
     def eval_batches(self, batch_size: int = 256, workers: int = 0) -> Iterator[Batch]:
         """Iterate over all images in order."""
         return iter(DataLoader(_Transformed(self, self.view.transform(None)), batch_size, num_workers=workers))
+
+    def picture(self, index: int) -> Image.Image:
+        """Return one decoded image."""
+        pixels = self.pixels[index]
+        return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
 class _Transformed(Dataset[tuple[torch.Tensor, int]]):
@@ -119,15 +145,33 @@ class _Transformed(Dataset[tuple[torch.Tensor, int]]):
         return len(self._images)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        pixels = self._images.pixels[index]
-        image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-        return self._transform(image), int(self._images.labels[index])
+        return self._transform(self._images.picture(index)), int(self._images.labels[index])
+
+
+class _Augmented(Dataset[tuple[torch.Tensor, int]]):
+    """An image set seen through a random transform; what is random follows from the seed, the epoch and the image."""
+
+    def __init__(self, images: ImageSet, recipe: Recipe, seed: int, epoch: int) -> None:
+        self._images, self._recipe, self._key = images, recipe, (seed, epoch)
+        self._transform = images.view.transform(recipe)
+
+    def __getitem__(self, drawn: list[int]) -> tuple[torch.Tensor, int]:
+        index, repeat = drawn
+        seed_augmentation(key_of(*self._key, index, repeat), self._recipe)
+        return self._transform(self._images.picture(index)), int(self._images.labels[index])
 
 
 def load_images(
-    data: DataSettings, split: str, view: View, seed: int, *, limit: int = 0, may_read_test: bool = False
+    data: DataSettings,
+    split: str,
+    view: View,
+    seed: int,
+    *,
+    limit: int = 0,
+    may_read_test: bool = False,
+    may_stream: bool = False,
 ) -> ImageSet:
-    """Return the decoded images of a split, building the node's cache when it is not there yet.
+    """Return the images of a split, building the node's cache of decoded ones when it is not there yet.
 
     Args:
         data: where the images are.
@@ -136,6 +180,7 @@ def load_images(
         seed: seed of the splits and of a subset.
         limit: class-balanced subset of this many images; 0 means all.
         may_read_test: said by export, bench and report alone.
+        may_stream: there need be no cache, see `DataSettings.stream`.
 
     Raises:
         BadData: the data cannot be used.
@@ -146,8 +191,11 @@ def load_images(
     table, indices = _select(open_tables(data), split, seed)
     if limit:
         indices = indices[balanced_subset(table.labels[indices], limit, seed)]
-    pixels = _cached_pixels(table, indices, view, Path(resolve(data.cache_dir)[1]))
-    return ImageSet(pixels, table.labels[indices], view)
+    path, shape = _cache_of(table, indices, view, Path(resolve(data.cache_dir)[1]))
+    fits = path.exists() or math.prod(shape) <= _room(path.parent)
+    if may_stream and (data.stream == "always" or (data.stream == "auto" and not fits)):
+        return ImageSet(StreamedPixels(table, indices, view), table.labels[indices], view)
+    return ImageSet(_cached_pixels(table, indices, view, shape, path), table.labels[indices], view)
 
 
 def carved_splits(data: DataSettings) -> list[str]:
@@ -163,12 +211,21 @@ def _select(tables: dict[str, Table], split: str, seed: int) -> tuple[Table, Ind
     return tables["train"], parts[split]
 
 
-def _cached_pixels(table: Table, indices: Indices, view: View, folder: Path) -> np.ndarray:
+def _cache_of(table: Table, indices: Indices, view: View, folder: Path) -> tuple[Path, tuple[int, ...]]:
+    """Return where the decoded images are, or would be, and their shape; makes the folder."""
     shape = (len(indices), view.cache_side, view.cache_side, view.input_size[0])
     key = hashlib.sha256(repr((table.identity, shape, view.interpolation)).encode() + indices.tobytes())
-    path = folder / f"{key.hexdigest()[:32]}.npy"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{key.hexdigest()[:32]}.npy", shape
+
+
+def _room(folder: Path) -> float:
+    """Return the bytes that a cache may take."""
+    return 0.9 * shutil.disk_usage(folder).free
+
+
+def _cached_pixels(table: Table, indices: Indices, view: View, shape: tuple[int, ...], path: Path) -> np.ndarray:
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(path.with_suffix(".lock")):
             if not path.exists():
                 _build(table, indices, view, shape, path)
@@ -178,7 +235,7 @@ def _cached_pixels(table: Table, indices: Indices, view: View, folder: Path) -> 
 def _build(table: Table, indices: Indices, view: View, shape: tuple[int, ...], path: Path) -> None:
     """Decode into a temporary file, then rename: a cache is whole or not there."""
     size, free = math.prod(shape), shutil.disk_usage(path.parent).free
-    if size > 0.9 * free:
+    if size > _room(path.parent):
         raise BadData(
             f"decoded images need {size / 2**30:.1f} GiB and {path.parent} has {free / 2**30:.1f} GiB free: "
             "set data.cache_dir to a larger disk, or a smaller data.subset"
@@ -187,7 +244,7 @@ def _build(table: Table, indices: Indices, view: View, shape: tuple[int, ...], p
     try:
         pixels = np.lib.format.open_memmap(unfinished, "w+", np.uint8, shape)
         for row, image in enumerate(table.images(indices)):
-            pixels[row] = _square(image, view).reshape(shape[1:])
+            pixels[row] = _square(image, view)
         pixels.flush()
         unfinished.rename(path)
     finally:
@@ -195,7 +252,7 @@ def _build(table: Table, indices: Indices, view: View, shape: tuple[int, ...], p
 
 
 def _square(image: Image.Image, view: View) -> np.ndarray:
-    """Resize the shorter side to the cache's, and crop the centre; shape (S, S) or (S, S, C)."""
+    """Resize the shorter side to the cache's, and crop the centre; shape (S, S, C)."""
     side = view.cache_side
     image = image.convert("L" if view.input_size[0] == 1 else "RGB")
     if image.size != (side, side):
@@ -204,4 +261,4 @@ def _square(image: Image.Image, view: View) -> np.ndarray:
         left, top = (width - side) // 2, (height - side) // 2
         resample = Image.Resampling.BILINEAR if view.interpolation == "bilinear" else Image.Resampling.BICUBIC
         image = image.resize((width, height), resample).crop((left, top, left + side, top + side))
-    return np.asarray(image)
+    return np.asarray(image).reshape(side, side, -1)

@@ -30,7 +30,7 @@ class Device:
         resource: name of the Ray resource a worker asks for.
         extension: package that must be imported before torch knows the device; empty for torch's own.
         backend: collective communication backend.
-        autocast: dtype name for mixed precision; empty where full precision is used.
+        autocast: dtype name for mixed precision, where the hardware has it; empty where full precision is used.
         fused: whether torch's AdamW updates all parameters in one kernel there.
         float64: whether it multiplies matrices of float64.
         advice: what to do where the extension does not load, or finds no device.
@@ -175,14 +175,31 @@ def synchronise(device: torch.device) -> None:
     _torch_module(DEVICES[device.type]).synchronize()
 
 
+def half_precision(device: torch.device) -> str:
+    """Return the dtype name of mixed precision there: the row's, float16 where the hardware lacks it, or empty."""
+    dtype, module = DEVICES[device.type].autocast, _torch_module(DEVICES[device.type])
+    if dtype != "bfloat16" or device.type == "cpu":
+        return dtype
+    # CUDA says that it supports what it only emulates, unless asked.
+    has_it = (
+        module.is_bf16_supported(including_emulation=False) if device.type == "cuda" else module.is_bf16_supported()
+    )
+    return dtype if has_it else "float16"
+
+
 def autocast(device: torch.device, enabled: bool) -> AbstractContextManager[Any]:
     """Return the mixed-precision context of the device; one that does nothing where full precision is used."""
     import torch
 
-    dtype = DEVICES[device.type].autocast
-    if not enabled or not dtype:
-        return nullcontext()
-    return torch.autocast(device.type, dtype=getattr(torch, dtype))
+    dtype = half_precision(device) if enabled else ""
+    return torch.autocast(device.type, dtype=getattr(torch, dtype)) if dtype else nullcontext()
+
+
+def grad_scaler(device: torch.device, enabled: bool) -> torch.amp.GradScaler:
+    """Return what keeps small gradients from vanishing in float16; it does nothing where that is not used."""
+    import torch
+
+    return torch.amp.GradScaler(device.type, enabled=enabled and half_precision(device) == "float16")
 
 
 def describe(device: torch.device) -> str:

@@ -1,11 +1,7 @@
-"""The only training loop and the only evaluation loop.
-
-Shapes: B images a step, K classes; logits (B, K), labels (B,), soft targets (B, K).
-"""
+"""The only training loop and the only evaluation loop."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,13 +9,17 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
 from search_spaces.timm_compat import timm
+from trainables.batches import key_of, parts_of
+from trainables.compiling import compile_in_place
 from trainables.data import ImageSet
-from trainables.devices import DEVICES, autocast, synchronise
+from trainables.devices import DEVICES, autocast, grad_scaler, synchronise
+from trainables.group import Group
+from trainables.objective import Objective
+from trainables.recomputing import recompute_activations
 from trainables.settings import Recipe
 from trainables.splits import Indices
 
@@ -50,11 +50,15 @@ class Epoch:
     seconds: float
 
 
+ALONE = Group()
+
+
 class Training:
     """A model, the images it learns from, and all that changes while it does; one call of `run_epoch` at a time.
 
-    Everything random is seeded by (seed, epoch, rank), so that a training that goes on from `state_dict` after any
-    epoch does what the uninterrupted one does.
+    What is random follows from (seed, epoch) and the image, or the batch; drop-path from this worker's number too. So
+    a training that goes on from `state_dict` after any epoch does what the uninterrupted one does, and any number of
+    workers takes the same steps, up to rounding.
     """
 
     def __init__(
@@ -66,10 +70,9 @@ class Training:
         device: torch.device,
         seed: int,
         teacher: Module | None = None,
-        rank: int = 0,
-        world: int = 1,
+        group: Group = ALONE,
         workers: int = 0,
-        wrap: Callable[[Module], Module] = lambda model: model,
+        wrap: Callable[[Module], Module] | None = None,
         passes: int = 1,
         fade: Callable[[Module, float], None] | None = None,
     ) -> None:
@@ -81,15 +84,15 @@ class Training:
             device: where.
             seed: of order, augmentation and drop-path.
             teacher: the dense model, when the recipe distils.
-            rank: this worker's number.
-            world: number of workers; each trains on its share of every batch.
+            group: the workers that share every batch.
             workers: loader processes.
-            wrap: makes the form of the model that is called in training: the distributed one, the probe's.
+            wrap: makes the form of the model that is called in training, such as the probe's.
             passes: forward and backward passes over each batch; their gradients are averaged.
             fade: takes a model and what is to be left of attentions that fade out of it: see `left_at`.
 
         Raises:
-            ValueError: there are fewer images than one batch holds.
+            ValueError: there are fewer images than one batch holds, or a batch cannot be shared by the workers.
+            BadInput: the model cannot be trained as the recipe says.
         """
         if len(images) < recipe.batch_size:
             raise ValueError(f"{len(images)} training images are fewer than one batch of {recipe.batch_size}")
@@ -97,16 +100,31 @@ class Training:
         self.ema = timm.utils.ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
         self.epochs_done = 0
         self._images, self._recipe, self._device, self._seed = images, recipe, device, seed
-        self._teacher = teacher.to(device).eval() if teacher is not None else None
-        self._rank, self._world, self._workers = rank, world, workers
-        self._wrapped, self._passes = wrap(self.model), passes
+        self._group, self._workers, self._passes, self._fade = group, workers, passes, fade
+        self._parts = parts_of(recipe, group.world, group.most)
+        teacher = teacher.to(device).eval() if teacher is not None else None
+        self._objective = Objective(recipe, cast(int, model.num_classes), teacher)
+        if recipe.recompute_activations:
+            recompute_activations(self.model, blocks_stay=fade is None and wrap is None)
+        if recipe.compile:
+            compile_in_place(self.model)
+        self._wrapped = group.distributed(wrap(self.model) if wrap is not None else self.model)
+        self._has_stepped = False
+        self._scaler = grad_scaler(device, recipe.amp)
+        self._steps = len(images) // recipe.batch_size
+        self._optimizer, self._scheduler = self._optimisation()
+        self._fade_at(0)
+
+    def _optimisation(self) -> tuple[torch.optim.Optimizer, Any]:
+        """Return optimiser and schedule."""
+        recipe = self._recipe
         lr = recipe.lr * recipe.batch_size / 512
-        self._optimizer = timm.optim.create_optimizer_v2(
-            self.model, opt="adamw", lr=lr, weight_decay=recipe.weight_decay, fused=DEVICES[device.type].fused
-        )
-        self._steps = math.ceil(len(images) / world) // (recipe.batch_size // world)
-        self._scheduler = timm.scheduler.CosineLRScheduler(
-            self._optimizer,
+        optimizer = timm.optim.create_optimizer_v2(
+            self.model, opt="adamw", lr=lr, weight_decay=recipe.weight_decay, betas=tuple(recipe.betas),
+            fused=DEVICES[self._device.type].fused,
+        )  # fmt: skip
+        scheduler = timm.scheduler.CosineLRScheduler(
+            optimizer,
             t_initial=max(1, recipe.epochs * self._steps),
             lr_min=min(recipe.min_lr, lr),
             warmup_t=round(recipe.warmup_epochs * self._steps),
@@ -114,14 +132,7 @@ class Training:
             warmup_prefix=False,
             t_in_epochs=False,
         )
-        self._mixup = _mixup(recipe, self.classes)
-        self._fade = fade
-        self._fade_at(0)
-
-    @property
-    def classes(self) -> int:
-        """Number of classes K."""
-        return cast(int, self.model.num_classes)
+        return optimizer, scheduler
 
     @property
     def result(self) -> Module:
@@ -135,15 +146,15 @@ class Training:
             Diverged: the loss is not finite.
         """
         start, epoch = time.perf_counter(), self.epochs_done
-        timm.utils.random_seed(self._seed + 7919 * epoch, self._rank)
         self._wrapped.train()
         batches = self._images.train_batches(
-            self._recipe, self._seed, epoch, rank=self._rank, world=self._world, workers=self._workers
+            self._recipe, self._seed, epoch, share=self._group.share, workers=self._workers
         )
         total, images = torch.zeros((), device=self._device), 0
         for step, (pixels, labels) in enumerate(batches, epoch * self._steps):
             total += self._step(step, pixels.to(self._device), labels.to(self._device))
             images += len(labels)
+        total = self._group.sum(total)
         synchronise(self._device)
         loss = float(total) / max(1, self._steps)
         if not np.isfinite(loss):
@@ -153,24 +164,38 @@ class Training:
         return Epoch(self.epochs_done, loss, images, time.perf_counter() - start)
 
     def _step(self, step: int, pixels: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Take one step; return this worker's addend of the batch's mean loss."""
         self._scheduler.step_update(step)
         self._fade_at(step)
-        if self._mixup is not None:
-            pixels, targets = self._mixup(pixels, labels)
-        else:
-            targets = timm.data.mixup.mixup_target(labels, self.classes, smoothing=self._recipe.label_smoothing)
-        taught, total = self._taught(pixels), torch.zeros((), device=self._device)
+        pixels, targets = self._objective.targets(pixels, labels, key_of(self._seed, step))
+        # Drop-path's; what was drawn for images, here or in loader processes, must not show in it.
+        torch.manual_seed(key_of(self._seed, step, self._group.rank))
+        total = torch.zeros((), device=self._device)
         self._optimizer.zero_grad()
-        for _ in range(self._passes):
-            with autocast(self._device, self._recipe.amp):
-                loss = self._loss(self._wrapped(pixels), targets, taught) / self._passes
-            loss.backward()
-            total += loss.detach()
+        parts = zip(pixels.tensor_split(self._parts), targets.tensor_split(self._parts), strict=True)
+        for number, (some, wanted) in enumerate(parts, 1):
+            # A static graph is learnt in a backward pass that ends with a reduction.
+            with self._group.keeping_gradients(self._wrapped, self._has_stepped and number < self._parts):
+                total += self._backward(some, wanted)
         if self._recipe.clip_grad:
+            self._scaler.unscale_(self._optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self._recipe.clip_grad)
-        self._optimizer.step()
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._has_stepped = True
         if self.ema is not None:
             self.ema.update(self.model, step=step)
+        return total
+
+    def _backward(self, pixels: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Add the gradients of some images, weighted by their share of the batch; return their addend of its loss."""
+        taught, total = self._objective.taught(pixels), torch.zeros((), device=self._device)
+        share = len(pixels) / self._recipe.batch_size / self._passes
+        for _ in range(self._passes):
+            loss = share * self._objective.loss(self._wrapped, pixels, targets, taught)
+            # The average over the workers is taken, where a sum is wanted.
+            self._scaler.scale(loss * self._group.world).backward()
+            total += loss.detach()
         return total
 
     def _fade_at(self, step: int) -> None:
@@ -180,20 +205,6 @@ class Training:
             self._fade(self.model, left)
             self._fade(self.result, left)
 
-    def _taught(self, pixels: torch.Tensor) -> torch.Tensor | None:
-        """Return the teacher's logits, shape (B, K), where there is one."""
-        if self._teacher is None or self._recipe.distillation == "none":
-            return None
-        with torch.no_grad(), autocast(self._device, self._recipe.amp):
-            return cast(torch.Tensor, self._teacher(pixels).float())
-
-    def _loss(self, logits: torch.Tensor, targets: torch.Tensor, taught: torch.Tensor | None) -> torch.Tensor:
-        loss = F.cross_entropy(logits.float(), targets)
-        if taught is None:
-            return loss
-        alpha = self._recipe.distillation_alpha
-        return (1 - alpha) * loss + alpha * distillation_loss(logits.float(), taught, self._recipe)
-
     def state_dict(self) -> dict[str, Any]:
         """Return all that `load_state_dict` needs to go on after the epochs done; tensors and plain data only."""
         return {
@@ -201,6 +212,7 @@ class Training:
             "model": self.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "scaler": self._scaler.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -210,36 +222,14 @@ class Training:
         self._optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
+        if state.get("scaler"):
+            self._scaler.load_state_dict(state["scaler"])
         self._fade_at(self.epochs_done * self._steps)
 
 
 def left_at(step: int, steps: int) -> float:
     """Return what is left of fading attentions at a step: from 1 at the first, 0, linearly to 0 at `FADING` of all."""
     return max(0.0, 1 - step / (FADING * max(1, steps)))
-
-
-def _mixup(recipe: Recipe, classes: int) -> Any:
-    if not recipe.mixup and not recipe.cutmix:
-        return None
-    return timm.data.Mixup(
-        mixup_alpha=recipe.mixup,
-        cutmix_alpha=recipe.cutmix,
-        label_smoothing=recipe.label_smoothing,
-        num_classes=classes,
-    )
-
-
-def distillation_loss(logits: torch.Tensor, taught: torch.Tensor, recipe: Recipe) -> torch.Tensor:
-    """Return the loss of `logits` against the teacher's, both (B, K).
-
-    `soft` is the Kullback-Leibler divergence at the recipe's temperature, times its square (Hinton, Vinyals and Dean
-    2015, section 2.1); `hard` the cross entropy with the teacher's choices (Touvron et al. 2021, DeiT, equation 3).
-    """
-    if recipe.distillation == "hard":
-        return F.cross_entropy(logits, taught.argmax(dim=1))
-    t = recipe.temperature
-    student, teacher = F.log_softmax(logits / t, dim=1), F.log_softmax(taught / t, dim=1)
-    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * t * t
 
 
 def evaluate(

@@ -11,118 +11,148 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 
 from search_spaces import BadInput
 from search_spaces.plan import PruningPlan
-from trainables.checkpoints import load_state, save_state
+from trainables.checkpoints import Checkpoints
+from trainables.data import ImageSet
 from trainables.devices import DEVICES, describe, use_device
-from trainables.engine import Diverged, Epoch, Training, evaluate
+from trainables.engine import ALONE, Diverged, Training, evaluate
+from trainables.group import Group
 from trainables.locations import read_bytes, write_bytes
 from trainables.tasks import FinetuneTask
 from trainables.workspace import Workspace, versions
 
 
-def finetune(
-    task: FinetuneTask,
-    report: Callable[[dict[str, Any]], None],
-    *,
-    rank: int = 0,
-    wrap: Callable[[torch.nn.Module], torch.nn.Module] = lambda model: model,
-) -> dict[str, Any]:
-    """Train all epochs that are left, evaluating on val after each; worker 0 writes state and weights.
+def finetune(task: FinetuneTask, report: Callable[[dict[str, Any]], None], group: Group = ALONE) -> dict[str, Any]:
+    """Train all epochs that are left, evaluating on val after each; worker 0 writes states and weights.
 
     Args:
         task: what to do.
         report: called by every worker after every epoch with its record.
-        rank: this worker's number.
-        wrap: makes the distributed form of the model.
+        group: the workers that do it.
 
     Returns:
         Plain data: the record of every epoch, the last accuracy, images per second and the device.
+
+    Raises:
+        BadInput: a batch cannot be shared by so many workers, or the model not trained as the recipe says.
     """
     workspace = Workspace(task, drop_path=task.recipe.drop_path)
-    val = workspace.images("val")
     plan = PruningPlan.parse(task.plan)
-    model, fade = workspace.to_train(plan, task.start)
-    training = Training(
-        model,
-        workspace.images("train"),
-        task.recipe,
-        device=workspace.device,
-        seed=task.seed,
-        teacher=workspace.dense if task.recipe.distillation != "none" else None,
-        rank=rank,
-        world=task.workers,
-        workers=task.data.workers,
-        wrap=wrap,
-        fade=fade,
-    )
-    epochs = _resume(task, training)
+    val = _part(workspace.images("val"), group)
+    training = _training(task, workspace, plan, group)
+    checkpoints = Checkpoints(task.state, task.checkpoint_every, task.checkpoint_seconds, task.checkpoints)
+    epochs = _resume(task, checkpoints, training)
     while training.epochs_done < task.recipe.epochs:
         start = time.perf_counter()
         epoch = training.run_epoch()
-        record = _record(task, epoch)
-        if rank == 0:
-            right = evaluate(training.result, val, workspace.device, amp=task.recipe.amp)
-            record |= {"accuracy": float(right.mean()), "seconds": time.perf_counter() - start}
-            epochs.append(record)
-            save_state(task.state, {"inputs": task.inputs, "training": training.state_dict(), "epochs": epochs})
-            write_bytes(task.progress, json.dumps({"inputs": task.inputs, "epochs": epochs}).encode())
+        record: dict[str, Any] = {
+            "epoch": epoch.number,
+            "loss": epoch.loss,
+            "images_per_second": group.world * epoch.images / epoch.seconds,
+            "workers": group.world,
+            "accuracy": _accuracy(task, workspace, training, val, group),
+        }
+        record["seconds"] = time.perf_counter() - start
+        epochs.append(record)
+        if group.rank == 0:
+            checkpoints.offer(epoch.number, lambda: {**_about(task, epochs), "training": training.state_dict()})
+            _show(task, epochs, checkpoints.newest)
         report(record)
-    if rank == 0:
+    if group.rank == 0:
         write_bytes(task.weights, safetensors.torch.save(workspace.weights(training.result, plan)))
     return {
         "plan": task.plan,
         "epochs": epochs,
         "accuracy": epochs[-1]["accuracy"] if epochs else None,
-        "workers": task.workers,
+        "workers": group.world,
         "device": describe(workspace.device),
         "versions": versions(),
     }
 
 
-def _resume(task: FinetuneTask, training: Training) -> list[dict[str, Any]]:
-    state = load_state(task.state)
-    if state is None or state["inputs"] != task.inputs:
+def _training(task: FinetuneTask, workspace: Workspace, plan: PruningPlan, group: Group) -> Training:
+    model, fade = workspace.to_train(plan, task.start)
+    try:
+        return Training(
+            model,
+            workspace.images("train", may_stream=True),
+            task.recipe,
+            device=workspace.device,
+            seed=task.seed,
+            teacher=workspace.dense if task.recipe.distillation != "none" else None,
+            group=group,
+            workers=task.data.workers,
+            fade=fade,
+        )
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+
+
+def _part(images: ImageSet, group: Group) -> ImageSet:
+    """Return the images that this worker evaluates on."""
+    own = slice(group.rank, None, group.world)
+    return ImageSet(images.pixels[own], images.labels[own], images.view)
+
+
+def _accuracy(task: FinetuneTask, workspace: Workspace, training: Training, val: ImageSet, group: Group) -> float:
+    """Return the accuracy on all of val, of which every worker evaluates its part."""
+    right = np.zeros(0, bool)
+    if len(val):
+        right = evaluate(training.result, val, workspace.device, amp=task.recipe.amp, workers=task.data.workers)
+    counts = group.sum(torch.tensor([right.sum(), len(right)], dtype=torch.float32, device=workspace.device))
+    return float(counts[0]) / float(counts[1])
+
+
+def _about(task: FinetuneTask, epochs: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"inputs": task.inputs, "epochs": epochs}
+
+
+def _show(task: FinetuneTask, epochs: list[dict[str, Any]], saved: int) -> None:
+    """Write what the driver shows, and how many of the epochs would not be repeated."""
+    write_bytes(task.progress, json.dumps({**_about(task, epochs), "saved": saved}).encode())
+
+
+def _resume(task: FinetuneTask, checkpoints: Checkpoints, training: Training) -> list[dict[str, Any]]:
+    state = checkpoints.load(lambda state: bool(state["inputs"] == task.inputs))
+    if state is None:
         return []
     training.load_state_dict(state["training"])
     epochs: list[dict[str, Any]] = state["epochs"]
     return epochs
 
 
-def _record(task: FinetuneTask, epoch: Epoch) -> dict[str, Any]:
-    return {
-        "epoch": epoch.number,
-        "loss": epoch.loss,
-        "images_per_second": task.workers * epoch.images / epoch.seconds,
-    }
-
-
 def train_with_ray(task: FinetuneTask, resources: dict[str, float]) -> dict[str, Any]:
-    """Run `finetune` on `task.workers` Ray Train workers and return worker 0's result.
+    """Run `finetune` on `task.workers` Ray Train workers, or on fewer while there are fewer; return worker 0's result.
 
     Runs inside a Ray task, because `ray.train.torch` imports torch and the driver must not.
 
     Args:
         task: what to do.
         resources: Ray resources of one worker.
+
+    Raises:
+        BadInput: it cannot be done as the task says, or its loss became no number.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     device = DEVICES[task.device]
+    workers = task.workers if task.fewest >= task.workers else (task.fewest, task.workers)
+    # A long training may lose workers many times; what always fails should not be tried for days.
+    failures = FailureConfig(max_failures=max(3, task.recipe.epochs // 10))
     # Ray Train's own book-keeping goes here; what must last is in the task's folder.
     with tempfile.TemporaryDirectory(prefix="dpt_search_") as scratch:
         trainer = TorchTrainer(
             train_loop_per_worker,
             train_loop_config={"task": task},
             torch_config=TorchConfig(backend=device.backend),
-            scaling_config=ScalingConfig(
-                num_workers=task.workers, use_gpu=device.is_gpu, resources_per_worker=resources
-            ),
-            run_config=RunConfig(name="finetune", storage_path=scratch, failure_config=FailureConfig(max_failures=3)),
+            scaling_config=ScalingConfig(num_workers=workers, use_gpu=device.is_gpu, resources_per_worker=resources),
+            run_config=RunConfig(name="finetune", storage_path=scratch, failure_config=failures),
         )
         trainer.fit()
     result: dict[str, Any] = json.loads(read_bytes(task.result))
@@ -137,19 +167,13 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     from ray.train.torch import get_device
 
     task: FinetuneTask = config["task"]
-    rank = train.get_context().get_world_rank()
+    context = train.get_context()
+    group = Group(context.get_world_rank(), context.get_world_size(), most=task.workers)
     use_device(get_device())
     try:
-        result = finetune(task, train.report, rank=rank, wrap=_distributed if task.workers > 1 else lambda model: model)
+        result = finetune(task, train.report, group)
     except (BadInput, Diverged) as error:
         # Trying again would end the same way: leave the reason, and end without Ray's retries.
         result = {"error": str(error)}
-    if rank == 0 or "error" in result:
+    if group.rank == 0 or "error" in result:
         write_bytes(task.result, json.dumps(result).encode())
-
-
-def _distributed(model: torch.nn.Module) -> torch.nn.Module:
-    device = next(model.parameters()).device
-    ids = None if device.type == "cpu" else [device]
-    # A removed attention may leave weights that nothing uses, such as a bias that the blocks shared: always the same.
-    return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, static_graph=True)

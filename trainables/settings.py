@@ -55,6 +55,9 @@ class DataSettings:
     """Use at most this many images of val in trials (class-balanced, fixed by the seed; 0: all)."""
     workers: int = 0
     """Loader processes per trial; 0 loads in the training process."""
+    stream: Literal["auto", "always", "never"] = "auto"
+    """Decode the long fine-tune's training images anew in every epoch, without a cache: where its cache would not fit
+    on the disk (auto), always, or never."""
     cache_dir: str = "~/.cache/dpt_search/images"
     """Node-local folder for decoded images, shared by all trials on the node."""
 
@@ -75,6 +78,8 @@ class Recipe:
     """Epochs of linear warm-up; a fraction is allowed."""
     weight_decay: float = 0.05
     """AdamW weight decay."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Decays of AdamW's two moving averages."""
     clip_grad: float = 1.0
     """Largest gradient norm; 0 turns clipping off."""
     label_smoothing: float = 0.1
@@ -99,7 +104,17 @@ class Recipe:
     """Probability of erasing a patch of an image."""
     crop_scale: float = 0.7
     """Smallest share of the image's area that a random crop keeps."""
+    repeated_augmentation: int = 1
+    """How often an image is in a batch, augmented differently each time; an epoch then has so many fewer images."""
     hflip: float = 0.5
     """Probability of mirroring an image."""
     amp: bool = True
-    """Mixed precision where the device has it."""
+    """Mixed precision where the device has it: bfloat16, or float16 with scaled gradients."""
+    micro_batch: int = 0
+    """Most images a worker takes at once; of a larger share it sums the gradients of several parts. 0: all of its
+    share, but with fewer workers than there may be no more than with those."""
+    compile: bool = False
+    """Train the model as torch.compile makes it; needs a compiler."""
+    recompute_activations: bool = False
+    """Keep the activations between blocks only and compute the others again (activation checkpointing): less memory,
+    about a third more time."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import io
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
@@ -46,6 +47,14 @@ class Table(ABC):
 
         Raises:
             BadData: an image cannot be decoded.
+        """
+
+    @abstractmethod
+    def image(self, index: int) -> Image.Image:
+        """Return one image, holding no others but its neighbours in a Parquet file's row group.
+
+        Raises:
+            BadData: it cannot be decoded.
         """
 
 
@@ -111,6 +120,7 @@ class ParquetTable(Table):
 
     def __init__(self, filesystem: fs.FileSystem, files: Sequence[fs.FileInfo], data: DataSettings) -> None:
         self._filesystem, self._files, self._data = filesystem, files, data
+        self._open: dict[tuple[int, str], tuple[pq.ParquetFile, Indices]] = {}
         self.identity = " ".join([data.image_column, *(f"{f.path}:{f.size}:{f.mtime_ns}" for f in files)])
         labels = [self._read_labels(file.path) for file in files]
         self._starts = np.cumsum([0, *map(len, labels)])
@@ -142,12 +152,34 @@ class ParquetTable(Table):
                     column = batch.column(0)
                     rows = wanted[(wanted >= start) & (wanted < start + len(column))]
                     for row in rows:
-                        value = column[int(row) - start].as_py()
-                        encoded = value["bytes"] if isinstance(value, dict) else value
-                        yield decode(encoded, f"row {row} of {path}")
+                        yield _decoded(column[int(row) - start].as_py(), f"row {row} of {path}")
                     start += len(column)
         except (pa.ArrowException, OSError) as error:
             raise BadData(f"cannot read {path}: {_first_line(error)}") from None
+
+    def image(self, index: int) -> Image.Image:
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        row, path = index - int(self._starts[number]), self._files[number].path
+        try:
+            parquet, starts = self._opened(path)
+            group = int(np.searchsorted(starts, row, side="right")) - 1
+            # One thread: a process that was forked has none of the pool's.
+            table = parquet.read_row_group(group, columns=[self._data.image_column], use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise BadData(f"cannot read {path}: {_first_line(error)}") from None
+        return _decoded(table.column(0)[row - int(starts[group])].as_py(), f"row {row} of {path}")
+
+    def _opened(self, path: str) -> tuple[pq.ParquetFile, Indices]:
+        """Return a file, opened once by each process, and the row that each of its row groups begins with."""
+        if (os.getpid(), path) not in self._open:
+            parquet = pq.ParquetFile(path, filesystem=self._filesystem, pre_buffer=False)
+            rows = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
+            self._open[os.getpid(), path] = parquet, np.cumsum([0, *rows])
+        return self._open[os.getpid(), path]
+
+
+def _decoded(value: Any, where: str) -> Image.Image:
+    return decode(value["bytes"] if isinstance(value, dict) else value, where)
 
 
 def _class_of(file: fs.FileInfo) -> str:
@@ -168,10 +200,12 @@ class FolderTable(Table):
         self.identity = hashlib.sha256(lines.encode()).hexdigest()
 
     def images(self, indices: Indices) -> Iterator[Image.Image]:
-        for index in indices:
-            path = self._files[index].path
-            with self._filesystem.open_input_file(path) as stream:
-                yield decode(stream.readall(), path)
+        yield from map(self.image, indices)
+
+    def image(self, index: int) -> Image.Image:
+        path = self._files[index].path
+        with self._filesystem.open_input_file(path) as stream:
+            return decode(stream.readall(), path)
 
 
 class DatasetTable(Table):
@@ -193,8 +227,11 @@ class DatasetTable(Table):
         return digest.hexdigest()
 
     def images(self, indices: Indices) -> Iterator[Image.Image]:
-        for index in indices:
-            yield self._dataset[int(index)][0]
+        yield from map(self.image, indices)
+
+    def image(self, index: int) -> Image.Image:
+        picture: Image.Image = self._dataset[int(index)][0]
+        return picture
 
 
 def _open_torchvision(data: DataSettings) -> dict[str, Table]:

@@ -178,8 +178,12 @@ class FinetuneTask(Task):
         plan: text form of what is removed first; `dense` for nothing.
         folder: place or URI for the state, the progress and the weights.
         inputs: digest of all that the result depends on; a state with another digest is not gone on from.
-        workers: number of worker processes.
+        workers: number of worker processes; where there may be fewer, the most.
+        fewest: the fewest worker processes to go on with.
         start: weights to start from, those of a dense model; empty for the dense model's own.
+        checkpoint_every: epochs between two states, at least.
+        checkpoint_seconds: seconds between two states, at least.
+        checkpoints: states kept, the newest ones.
     """
 
     recipe: Recipe
@@ -187,7 +191,11 @@ class FinetuneTask(Task):
     folder: str
     inputs: str
     workers: int = 1
+    fewest: int = 1
     start: str = ""
+    checkpoint_every: int = 1
+    checkpoint_seconds: float = 0.0
+    checkpoints: int = 1
 
     @property
     def state(self) -> str:

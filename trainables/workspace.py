@@ -34,7 +34,7 @@ class Workspace:
 
     task: Task
     drop_path: float = 0.0
-    _sets: dict[tuple[str, int, bool], ImageSet] = field(default_factory=dict)
+    _sets: dict[tuple[str, int, bool, bool], ImageSet] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         torch.set_num_threads(max(1, self.task.threads))
@@ -93,17 +93,18 @@ class Workspace:
         own = trained.state_dict()
         return {name: own[name].contiguous().cpu() for name in self.pruned(plan).state_dict()}
 
-    def images(self, split: str, limit: int = 0, *, may_read_test: bool = False) -> ImageSet:
-        """Return a split's images, or a fixed class-balanced subset of `limit` of them.
+    def images(self, split: str, limit: int = 0, *, may_read_test: bool = False, may_stream: bool = False) -> ImageSet:
+        """Return a split's images, or a fixed class-balanced subset of `limit` of them; see `load_images`.
 
         Raises:
             BadData: a label is not one of the model's classes, or the data cannot be used.
         """
-        key = (split, limit, may_read_test)
+        key = (split, limit, may_read_test, may_stream)
         if key not in self._sets:
             images = load_images(
-                self.task.data, split, self.view, self.task.seed, limit=limit, may_read_test=may_read_test
-            )
+                self.task.data, split, self.view, self.task.seed, limit=limit, may_read_test=may_read_test,
+                may_stream=may_stream,
+            )  # fmt: skip
             self.check_labels(images.labels, split)
             self._sets[key] = images
         return self._sets[key]

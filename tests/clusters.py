@@ -19,11 +19,13 @@ HEAD_ID = "f" * 51 + "00000"
 STORE_BYTES = 100 * 2**20
 
 
-def free_port() -> int:
-    """Return a port that nobody listens on just now."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    """Return so many different ports that nobody listens on just now."""
+    with contextlib.ExitStack() as stack:
+        taken = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in taken:
+            each.bind(("127.0.0.1", 0))
+        return [int(each.getsockname()[1]) for each in taken]
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def growing_cluster(node: dict[str, float], most: int, idle_seconds: float) -> I
         idle_seconds: after which an idle node is let go.
     """
     with tempfile.TemporaryDirectory(prefix="dg", dir="/tmp") as made:
-        folder, port = Path(made), free_port()
+        folder, (port,) = Path(made), free_ports(1)
         scaling = folder / "scaling.json"
         scaling.write_text(json.dumps(_scaling(f"127.0.0.1:{port}", node, most, idle_seconds)))
         told = {
@@ -80,7 +82,7 @@ def fixed_cluster() -> Iterator[Head]:
     """Start a head without CPUs; nodes are added and lost by the test."""
     # Nodes that are lost are missed within seconds; on a busy machine not at once.
     told = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "8"}
-    with tempfile.TemporaryDirectory(prefix="dn", dir="/tmp") as made, _head(Path(made), free_port(), told) as head:
+    with tempfile.TemporaryDirectory(prefix="dn", dir="/tmp") as made, _head(Path(made), *free_ports(1), told) as head:
         yield head
 
 
@@ -93,7 +95,7 @@ def _head(folder: Path, port: int, told: dict[str, str], *options: str) -> Itera
         _wait_for(port, head, folder / "head.txt")
         yield Head(address, folder)
     finally:
-        _end(folder.name)
+        end(folder.name)
 
 
 def _start(options: list[str], environment: dict[str, str], said: Path, hidden: str = "") -> "subprocess.Popen[bytes]":
@@ -197,7 +199,7 @@ def lose(node: str) -> None:
             os.kill(process, signal.SIGKILL)
 
 
-def _end(mark: str) -> None:
+def end(mark: str) -> None:
     """End all processes of a cluster, by their ids."""
     for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL):
         for process in processes_of(mark):

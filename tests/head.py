@@ -1,10 +1,7 @@
 """A head of a Ray cluster on this machine, with ports and a folder of its own."""
 
 import os
-import re
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from clusters import end, free_ports
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parent.parent
@@ -34,17 +33,6 @@ class Head:
     url: str
     env: dict[str, str]
     folder: Path
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
 
 
 @contextmanager
@@ -77,7 +65,7 @@ def ray_head(cpus: int = 2, **env: str) -> Iterator[Head]:
         await_answer(f"{url}/api/version")
         yield Head(f"127.0.0.1:{gcs}", url, env, folder)
     finally:
-        end_processes_of(folder)
+        end(folder.name)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -89,19 +77,3 @@ def await_answer(url: str) -> None:
         except OSError:
             time.sleep(0.1)
     raise AssertionError(f"{url} never answered")
-
-
-def end_processes_of(folder: Path) -> None:
-    """End every process that was told of this folder, by its id."""
-    for _ in range(3):
-        for place in Path("/proc").glob("[0-9]*"):
-            try:
-                told = (place / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if re.search(rf"{re.escape(str(folder))}(/|\0|\s)".encode(), told):
-                try:
-                    os.kill(int(place.name), signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
-        time.sleep(0.3)

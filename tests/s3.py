@@ -7,7 +7,8 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from head import await_answer, free_ports
+from clusters import free_ports
+from head import await_answer
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def test_trials_and_the_fine_tune_go_on_elsewhere_when_their_nodes_are_lost(tmp_
         data, {"train": 1200, "probe": 100, "val": 200, "test": 200}, data={"subset": 1000}, max_trials=4,
         max_concurrent=2, max_failures=1, timing_seconds=1.0, rank_batches=2, probe_epochs=0,
         trial={"epochs": EPOCHS, "batch_size": 32}, finetune={"epochs": LONG_EPOCHS, "batch_size": 32},
-        finetune_workers=2, export_formats="safetensors",
+        finetune_workers=2, checkpoint_seconds=0, export_formats="safetensors",
     )  # fmt: skip
     start = command("run", "--config", config, "--run-dir", run)
     with fixed_cluster() as head, (tmp_path / "said.txt").open("w") as said:

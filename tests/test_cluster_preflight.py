@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from clusters import free_ports
 from driver import command
-from head import BIN, Head, free_ports, ray_head
+from head import BIN, Head, ray_head
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 

@@ -6,7 +6,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from head import free_ports
+from clusters import free_ports
 
 from dpt_search.cli import main
 from dpt_search.config import BadConfig

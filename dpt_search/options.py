@@ -179,9 +179,15 @@ def _with_recipe(argv: list[str]) -> list[str]:
     if name not in PRESETS:
         return argv
     fields = f"--config={json.dumps({'finetune': preset(name)})}"
-    configs = [n for n, argument in enumerate(argv) if argument.partition("=")[0] == "--config"]
-    after = configs[-1] + (1 if "=" in argv[configs[-1]] else 2) if configs else 0
-    return [*argv[:after], fields, *argv[after:]]
+    files: list[str] = []
+    others: list[str] = []
+    position = 0
+    while position < len(argv):
+        flag, equals, _ = argv[position].partition("=")
+        count = 2 if flag == "--config" and not equals else 1
+        (files if flag == "--config" else others).extend(argv[position : position + count])
+        position += count
+    return [*files, fields, *others]
 
 
 def _value(argv: list[str], name: str) -> str | None:

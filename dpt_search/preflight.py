@@ -7,6 +7,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ class Preflight:
                 self._check_node(each)
             return list(found)
         finally:
-            store.delete_dir("preflight")
+            store.delete_dir(folder)
 
     def _check_node(self, found: dict[str, Any]) -> None:
         host = found["host"]
@@ -119,7 +120,8 @@ def _check_here(config: RunConfig, wanted: dict[str, float]) -> None:
 
 def _await_room(config: RunConfig, wanted: dict[str, float], say: Callable[[str], None]) -> None:
     """Wait for a node that can hold a trial while the cluster grows; refuse to wait for what will not come."""
-    if holdings().fits(wanted):
+    held = holdings()
+    if held.fits(wanted):
         return
     say(f"no node can hold a trial yet ({shape(wanted)}): waiting for one")
     pending = begin(
@@ -127,7 +129,9 @@ def _await_room(config: RunConfig, wanted: dict[str, float], say: Callable[[str]
     )
     waiting, hope = Waiting(say, wanted), time.monotonic()
     while not pending.is_done(1.0):
-        held = holdings()
+        # A control store that is slow while nodes start is no news, unless it stays so.
+        with suppress(Exception):
+            held = holdings()
         if held.coming or held.fits(wanted):
             hope = time.monotonic()
         if held.refuses(wanted) or time.monotonic() - hope > PATIENCE_SECONDS:

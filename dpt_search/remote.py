@@ -50,7 +50,7 @@ def ray_session() -> Iterator[None]:
     own = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     try:
         ray.init(log_to_driver=False, logging_level="ERROR", **({} if is_cluster() else own))
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
         if not is_cluster():
             raise
         why = " ".join(str(error).split())

@@ -85,11 +85,12 @@ class Run:
     ) -> Any:
         """Call a function on a worker (see `remote.call`), which may itself wait for others of these resources."""
         self.start_ray()
-        waiting = Waiting(self.say, waits_for or resources(self.config, cpus, devices))
+        waits = [Waiting(self.say, each) for each in (resources(self.config, cpus, devices), waits_for) if each]
 
         def look() -> None:
             on_wait()
-            waiting.look()
+            for waiting in waits:
+                waiting.look()
 
         return call(self.config, target, *args, cpus=cpus, devices=devices, on_wait=look)
 

@@ -175,6 +175,8 @@ class Following:
         Raises:
             OSError: the job server was not reached for long.
         """
+        from aiohttp import ClientError
+
         heard = time.monotonic()
         while True:
             try:
@@ -183,9 +185,9 @@ class Following:
                 heard = time.monotonic()
                 if info.status.is_terminal():
                     return self._exit_code(info)
-            except OSError:
+            except (OSError, ClientError) as error:
                 if time.monotonic() - heard > LOST_SECONDS:
-                    raise
+                    raise OSError(_one_line(error)) from None
             # A connection that was lost, or a job whose end is not recorded yet.
             time.sleep(0.5)
 

@@ -53,11 +53,12 @@ def train(
                 "trainables.long_finetune:train_with_ray", task, each, cpus=COORDINATOR, devices=COORDINATOR,
                 on_wait=lines.show, waits_for=each,
             )  # fmt: skip
-        except StageFailed:
-            # Ray Train allows a few lost workers in all; here as many as it takes, as long as there are epochs between.
-            if lines.done() == before:
+        except StageFailed as error:
+            # Ray Train allows a few lost workers in all; here as many as it takes, as long as states come between.
+            if lines.done() <= before:
                 raise
-            run.say(f"workers were lost; going on after epoch {lines.done()}")
+            reason = str(error).strip().splitlines()[-1]
+            run.say(f"the workers ended ({reason}); going on after epoch {lines.done()}")
             continue
         lines.show()
         return result

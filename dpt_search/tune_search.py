@@ -84,7 +84,8 @@ class RecordedSearch(Searcher):
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Return the next trial's configuration, None where there is no room for it now, or that there is none."""
         if not self._resumed and self._is_over():
-            # A trial that runs may yet lose its worker, and has to be begun again then.
+            # A trial that runs may yet lose its worker, and has to be begun again then; more room is of no use.
+            self._room(len(self._running))
             return None if self._running else str(Searcher.FINISHED)
         if len(self._running) >= self._room(self.remaining + len(self._running)):
             return None

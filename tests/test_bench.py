@@ -95,7 +95,7 @@ def test_a_compiler_that_is_missing_is_one_line(run, monkeypatch):
         "try:\n    check_compiler(torch.device('cpu'))\nexcept ValueError as error:\n    print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("--compiled needs a compiler that torch can use")
+    assert done.stdout.startswith("--compiled, or a recipe with compile, needs a compiler that torch can use")
     assert done.stdout.count("\n") == 1
 
 

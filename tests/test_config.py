@@ -259,6 +259,9 @@ def test_a_recipe_is_what_the_long_fine_tune_has_where_nothing_else_is_said(tmp_
     assert read("run", "--config", str(file), "--finetune.epochs", "9").finetune == replace(expected, lr=0.5, epochs=9)
     other = "deit" if name == "short" else "short"
     assert read("run", "--config", str(file), "--recipe", other).finetune == Recipe(**PRESETS[other])
+    # A flag goes over the preset wherever it stands.
+    told = read("run", "--finetune.epochs", "20", "--config", str(file), "--recipe", other)
+    assert told.finetune.epochs == 20
 
 
 def test_a_recipe_goes_over_what_a_run_directory_has_and_stays(tmp_path: Path) -> None:

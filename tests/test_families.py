@@ -105,7 +105,7 @@ def test_gates_at_zero_are_what_remove_leaves(row, attention, data):
             gates[unit].zero_()
         gated = logits(model)
     removed = logits(family_of(model).remove(model, plan, attention))
-    assert largest_difference(gated, removed) <= 1e-6
+    assert largest_difference(gated, removed) <= 1e-5
 
 
 def test_removing_any_one_unit_changes_the_logits(row, attention):
@@ -123,7 +123,7 @@ def test_gates_at_one_change_nothing_and_every_gate_has_a_gradient(row, attentio
         assert set(gates) == set(family_of(model).units(model))
         found = model(torch.randn(3, *SIZE, generator=torch.Generator().manual_seed(1)))
         gradients = torch.autograd.grad(found.square().sum(), list(gates.values()))
-    assert largest_difference(found.detach(), before) <= 1e-6
+    assert largest_difference(found.detach(), before) <= 1e-5
     assert all(float(gradient) != 0 for gradient in gradients)
 
 

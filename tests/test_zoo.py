@@ -13,7 +13,7 @@ from zoo_members import MEMBERS, RARER
 
 from search_spaces import family_of, offered
 from search_spaces.plan import PruningPlan
-from trainables.long_finetune import _distributed
+from trainables.group import Group
 from trainables.timing import count_macs
 
 BUILT: dict[str, torch.nn.Module] = {}
@@ -126,7 +126,7 @@ def test_weights_that_nothing_uses_any_more_do_not_stop_a_training_on_several_wo
     family.remove(model, PruningPlan.of(unit for unit in family.units(model) if unit.kind == "attn"), "zero")
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
-        wrapped = _distributed(model)
+        wrapped = Group(world=2).distributed(model)
         for _ in range(3):
             wrapped(torch.randn(2, 1, shared.side, shared.side)).square().sum().backward()
     finally:

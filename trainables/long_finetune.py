@@ -154,7 +154,18 @@ def train_with_ray(task: FinetuneTask, resources: dict[str, float]) -> dict[str,
             scaling_config=ScalingConfig(num_workers=workers, use_gpu=device.is_gpu, resources_per_worker=resources),
             run_config=RunConfig(name="finetune", storage_path=scratch, failure_config=failures),
         )
-        trainer.fit()
+        write_bytes(task.result, b"{}")
+        try:
+            trainer.fit()
+        except Exception:
+            # The others of its group fail in ways of their own when one ends for a reason.
+            _outcome(task)
+            raise
+    return _outcome(task)
+
+
+def _outcome(task: FinetuneTask) -> dict[str, Any]:
+    """Return what worker 0 left, or raise BadInput with the reason that any of them left."""
     result: dict[str, Any] = json.loads(read_bytes(task.result))
     if "error" in result:
         raise BadInput(result["error"])
@@ -175,5 +186,9 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     except (BadInput, Diverged) as error:
         # Trying again would end the same way: leave the reason, and end without Ray's retries.
         result = {"error": str(error)}
-    if group.rank == 0 or "error" in result:
+        write_bytes(task.result, json.dumps(result).encode())
+        if group.world > 1 and isinstance(error, BadInput):
+            # It may be this worker's alone, such as a full disk: the others wait for it, until it is gone.
+            raise
+    if group.rank == 0 and "error" not in result:
         write_bytes(task.result, json.dumps(result).encode())

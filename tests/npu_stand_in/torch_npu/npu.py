@@ -39,6 +39,10 @@ def get_device_name(device: object = None) -> str:
     return "Stand-in NPU"
 
 
+def is_bf16_supported() -> bool:
+    return True
+
+
 def get_amp_supported_dtype() -> list[torch.dtype]:
     return [torch.float16, torch.bfloat16]
 

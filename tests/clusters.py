@@ -131,6 +131,21 @@ def add_node(head: Head, resources: dict[str, float], hidden: Path) -> str:
     return mark
 
 
+def wait_for_nodes(address: str, count: int) -> None:
+    """Wait until a cluster has so many nodes, its head counted."""
+    code = (
+        "import sys, time, ray._raylet\n"
+        "for _ in range(240):\n"
+        "    try:\n"
+        f"        nodes = ray._raylet.GcsClient(address={address!r}).get_all_node_info(timeout=5).values()\n"
+        f"        if sum(node.state == 0 for node in nodes) >= {count}: sys.exit()\n"
+        "    except ray.exceptions.RpcError: pass\n"
+        "    time.sleep(0.5)\n"
+        "sys.exit('the nodes did not come up')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=cluster_environment())
+
+
 def _scaling(address: str, node: dict[str, float], most: int, idle_seconds: float) -> dict[str, object]:
     provider = {
         "type": "external",

@@ -35,10 +35,19 @@ def workers() -> list[str]:
     return [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
 
 
+def activity() -> list[str]:
+    """Return what keeps each node, as the autoscaler has it."""
+    import ray
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    return [f"{node.node_status} {node.node_activity}" for node in [*status.active_nodes, *status.idle_nodes]]
+
+
 def wait_for(condition: Callable[[], object], seconds: float) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, f"not within {seconds:.0f} s; nodes: {len(workers())}"
+        assert time.monotonic() < end, f"not within {seconds:.0f} s; nodes: {activity()}"
         time.sleep(0.2)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from clusters import add_node, fixed_cluster, lose
+from clusters import add_node, fixed_cluster, lose, wait_for_nodes
 from driver import command, embedded_part
 
 from dpt_search.store import RunStore, TrialLog
@@ -54,6 +54,7 @@ def test_trials_and_the_fine_tune_go_on_elsewhere_when_their_nodes_are_lost(tmp_
     start = command("run", "--config", config, "--run-dir", run)
     with fixed_cluster() as head, (tmp_path / "said.txt").open("w") as said:
         nodes = [add_node(head, {"CPU": 1}, hidden) for _ in range(2)]
+        wait_for_nodes(head.address, 1 + len(nodes))
         # What the driver keeps beside the run directory is not seen on the nodes, as on machines of their own.
         environment = head.environment | {"TMPDIR": str(hidden)}
         driver = subprocess.Popen(start, env=environment, stdout=said, stderr=said)

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import npu_stand_in
 import pytest
+from clusters import free_ports, wait_for_nodes
 from driver import command, embedded_part
 
 from dpt_search.costs_table import read_costs
@@ -89,12 +89,10 @@ def test_two_trials_share_one_npu(made: Path, npu_host: Path, tmp_path: Path) ->
 @contextmanager
 def cluster(head: Path, worker: Path) -> Iterator[str]:
     """Start a head without CPUs and a worker with two, each with what is in its folder; yield the address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    (port,) = free_ports(1)
+    address = f"127.0.0.1:{port}"
     scratch = Path(tempfile.mkdtemp(prefix="npu", dir="/tmp"))  # short, as sockets are in it
     start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--object-store-memory=80000000"]
-    port = address.partition(":")[2]
     first = ["--head", f"--port={port}", "--num-cpus=0", "--node-ip-address=127.0.0.1", "--include-dashboard=false"]
     second = [f"--address={address}", "--num-cpus=2", "--node-ip-address=127.0.0.2"]
     nodes = []
@@ -110,21 +108,6 @@ def cluster(head: Path, worker: Path) -> Iterator[str]:
             node.terminate()
             node.wait(60)
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def wait_for_nodes(address: str, count: int) -> None:
-    code = (
-        "import sys, time, ray._raylet\n"
-        f"for _ in range(120):\n"
-        "    try:\n"
-        f"        client = ray._raylet.GcsClient(address={address!r})\n"
-        f"        if len(client.get_all_node_info(timeout=5)) >= {count}: sys.exit()\n"
-        "    except ray.exceptions.RpcError: pass\n"
-        "    time.sleep(0.5)\n"
-        "sys.exit('the nodes did not come up')\n"
-    )
-    env = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=env)
 
 
 def test_neither_driver_nor_head_imports_torch(config: Path, npu_host: Path, tmp_path: Path) -> None:

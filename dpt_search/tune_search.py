@@ -139,10 +139,14 @@ class RecordedSearch(Searcher):
             self._end(trial_id, result or {}, (result or {}).get("error", ""))
 
     def lost(self, trial_id: str, with_node: bool) -> None:
-        """Begin a trial again that lost its worker, alone or with the node, unless that keeps happening to it."""
+        """Begin a trial again that lost its worker, alone or with the node, unless that keeps happening to it.
+
+        A trial that failed by itself, and left the reason because its process had to go, has failed at once.
+        """
         record = self._running[trial_id]
-        if self._losses.is_final(record.trial, with_node):
-            self._end(trial_id, {}, _left_reason(self._task, record.trial))
+        reason = _left_reason(self._task, record.trial)
+        if reason or self._losses.is_final(record.trial, with_node):
+            self._end(trial_id, {}, reason or "its worker was lost")
             return
         self._resumed.insert(0, self._running.pop(trial_id))
         self._on_lost(record, with_node)
@@ -171,9 +175,14 @@ class RecordedSearch(Searcher):
 
 
 def _left_reason(task: TrialTask, number: int) -> str:
+    """Take the reason that a trial left behind; empty where it left none."""
     store = RunStore(task.checkpoints)
     name = error_location(task, number).rsplit("/", 1)[-1]
-    return store.read(name).decode() if store.exists(name) else "its worker was lost"
+    if not store.exists(name):
+        return ""
+    reason = store.read(name).decode()
+    store.delete(name)
+    return reason
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from dpt_search.search_plan import SearchPlan
 from dpt_search.store import Finished, Proposed, TrialLog
 from dpt_search.tune_search import RecordedSearch
 from search_spaces.ratios import Cell
+from trainables.locations import exists, write_bytes
+from trainables.pruning_trial import error_location
 from trainables.tasks import TrialTask
 
 RESULT = {"accuracy": 0.5, "accuracies": [0.4, 0.5], "error": ""}
@@ -31,9 +33,9 @@ class Trials:
             lambda cell: {"n_attn": cell.n_attn, "n_act": cell.n_act}, TINY_RANKING, 0, 2, max_failures=1,
         )  # fmt: skip
         self.log, self.ended, self.lost = TrialLog(run.store), list[Finished](), list[tuple[Proposed, bool]]()
-        task = TrialTask(**run.task(), recipe=run.config.trial, checkpoints=run.store.path("checkpoints"))
+        self.task = TrialTask(**run.task(), recipe=run.config.trial, checkpoints=run.store.path("checkpoints"))
         self.search = RecordedSearch(
-            plan, self.log, task, self.ended.append, lambda left: min(left, room),
+            plan, self.log, self.task, self.ended.append, lambda left: min(left, room),
             lambda record, with_node: self.lost.append((record, with_node)),
         )  # fmt: skip
         self._count = 0
@@ -78,6 +80,15 @@ def test_a_trial_that_keeps_losing_its_worker_alone_has_failed(trials: Trials) -
         assert len(trials.ended) == (attempt == RETRIES)
     assert trials.ended[0].error == "its worker was lost"
     assert trials.search.stopped.startswith("1 trials in a row failed")
+
+
+def test_a_trial_that_left_a_reason_has_failed_by_itself_and_at_once(trials: Trials, tiny_run: Run) -> None:
+    name, told = trials.begin()
+    place = error_location(trials.task, told["trial"])
+    write_bytes(place, b"RuntimeError: the device is out of memory")
+    trials.lose(name, with_node=False)
+    assert [each.error for each in trials.ended] == ["RuntimeError: the device is out of memory"]
+    assert not exists(place)
 
 
 def test_a_trial_that_comes_an_epoch_further_may_lose_as_many_workers_again(trials: Trials) -> None:

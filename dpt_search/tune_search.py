@@ -58,6 +58,8 @@ class RecordedSearch(Searcher):
             on_lost: called with a trial that lost its worker and goes on elsewhere, and whether its node went too.
         """
         super().__init__(metric="accuracy", mode="max")
+        # Optuna would announce the study.
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._plan, self._log, self._task, self._on_end = plan, log, task, on_end
         self._room, self._on_lost, self._losses = room, on_lost, Losses()
         self._resumed = unfinished(log)
@@ -231,7 +233,6 @@ def run_search(
     Raises:
         SearchFailed: too many trials in a row failed.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     # Every trial's end has its line and its record; Tune would add traces of those that go on elsewhere.
     for name in ("tune", "execution.tune_controller"):
         logging.getLogger(f"ray.tune.{name}").setLevel(logging.CRITICAL)

@@ -53,8 +53,11 @@ def test_trials_and_the_fine_tune_go_on_elsewhere_when_their_nodes_are_lost(tmp_
     )  # fmt: skip
     start = command("run", "--config", config, "--run-dir", run)
     with fixed_cluster() as head, (tmp_path / "said.txt").open("w") as said:
-        nodes = [add_node(head, {"CPU": 1}, hidden) for _ in range(2)]
-        wait_for_nodes(head.address, 1 + len(nodes))
+        nodes = []
+        for count in (2, 3):
+            # One after the other: nodes of one machine that start at once may choose the same ports.
+            nodes.append(add_node(head, {"CPU": 1}, hidden))
+            wait_for_nodes(head.address, count)
         # What the driver keeps beside the run directory is not seen on the nodes, as on machines of their own.
         environment = head.environment | {"TMPDIR": str(hidden)}
         driver = subprocess.Popen(start, env=environment, stdout=said, stderr=said)

@@ -15,8 +15,8 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return embedded_part(
         tmp_path_factory.mktemp("quick"), {"train": 320, "probe": 50, "val": 100, "test": 100}, data={"subset": 160},
         max_trials=2, max_concurrent=1, timing_seconds=2.0, rank_batches=1, probe_epochs=0, finetune_workers=1,
-        finetune_budget="", timing_batches=[64], keep="attn:0", trial={"epochs": 1, "batch_size": 32},
-        finetune={"epochs": 1, "batch_size": 32},
+        finetune_budget="", timing_batches=[64], keep="attn:0", export_formats="safetensors",
+        trial={"epochs": 1, "batch_size": 32}, finetune={"epochs": 1, "batch_size": 32},
     )  # fmt: skip
 
 

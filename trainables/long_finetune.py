@@ -155,6 +155,7 @@ def train_with_ray(task: FinetuneTask, resources: dict[str, float]) -> dict[str,
             run_config=RunConfig(name="finetune", storage_path=scratch, failure_config=failures),
         )
         write_bytes(task.result, b"{}")
+        _give_back_room()
         try:
             trainer.fit()
         except Exception:
@@ -162,6 +163,21 @@ def train_with_ray(task: FinetuneTask, resources: dict[str, float]) -> dict[str,
             _outcome(task)
             raise
     return _outcome(task)
+
+
+def _give_back_room() -> None:
+    """Give back the room of an earlier attempt that was lost with its node: Ray would keep it for as long as the driver
+    lives, and this attempt would wait for it. While workers train, nothing else of a run reserves room."""
+    import ray
+    from ray._raylet import PlacementGroupID
+    from ray.util import placement_group_table, remove_placement_group
+    from ray.util.placement_group import PlacementGroup
+
+    job = ray.get_runtime_context().get_job_id()
+    for name, about in placement_group_table().items():
+        # Such a name ends with that of the job it belongs to.
+        if name.endswith(job) and about["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
 
 
 def _outcome(task: FinetuneTask) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from dpt_search.parquet import first_line, from_bytes, to_bytes
+from dpt_search.parquet import from_bytes, to_bytes
 from dpt_search.store import BadRun, RunStore
+from search_spaces import first_line
 from search_spaces.costs import Cost, UnitCosts
 from search_spaces.plan import Unit
 

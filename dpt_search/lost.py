@@ -8,7 +8,7 @@ from typing import Any
 
 from ray import cloudpickle, tune
 
-RETRIES = 2
+MOST_LOSSES = 2
 """How often a trial whose worker was lost is begun again without having come an epoch further."""
 
 
@@ -29,7 +29,7 @@ class Losses:
         """Note that a trial lost its worker, alone or with the whole node; say whether it has failed for good."""
         if not with_node:
             self._counted[trial] = self._counted.get(trial, 0) + 1
-        return self._counted.get(trial, 0) > RETRIES
+        return self._counted.get(trial, 0) > MOST_LOSSES
 
 
 class LossCallback(tune.Callback):

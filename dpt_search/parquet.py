@@ -23,8 +23,3 @@ def from_bytes(content: bytes) -> pa.Table:
     """
     # Without threads: Arrow aborts a process that ends while its pool is still starting.
     return pq.ParquetFile(io.BytesIO(content), pre_buffer=False).read(use_threads=False)
-
-
-def first_line(error: Exception) -> str:
-    """Return what an error says, short enough for a message of one line."""
-    return (str(error).splitlines() or ["?"])[0]

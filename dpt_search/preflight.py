@@ -74,7 +74,7 @@ class Preflight:
 
     def _check_nodes(self, config: RunConfig, store: RunStore, nodes: list[str]) -> list[str]:
         """Look at nodes, and return those that could be looked at."""
-        folder, token, driver = f"preflight/{uuid.uuid4().hex[:8]}", uuid.uuid4().hex, socket.gethostname()
+        folder, token, driver = f"preflight-{uuid.uuid4().hex[:8]}", uuid.uuid4().hex, socket.gethostname()
         task = LookTask(config.model, config.data, store.path(folder), token, node="", driver=driver)
         store.write(f"{folder}/driver", token.encode())
         try:

@@ -11,11 +11,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from dpt_search.parquet import first_line, from_bytes, to_bytes
+from dpt_search.parquet import from_bytes, to_bytes
 from dpt_search.probe_stage import probe_task
 from dpt_search.remote import call_each, resources
 from dpt_search.run import Run, commit, digest_of, identity_of
 from dpt_search.store import BadRun
+from search_spaces import first_line
 from search_spaces.ratios import Cell
 from trainables.locations import read_bytes, write_bytes
 from trainables.tasks import ProbeTask

@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from dpt_search.parquet import first_line, from_bytes, to_bytes
+from dpt_search.parquet import from_bytes, to_bytes
 from dpt_search.store import BadRun, RunStore
+from search_spaces import first_line
 from search_spaces.ratios import Cell
 
 NAME = "probe.parquet"

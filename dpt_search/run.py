@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from dpt_search.remote import call, ray_session, resources
 from dpt_search.store import BadRun, RunStore
 from dpt_search.waiting import Waiting
 from search_spaces.plan import Ranking
+from trainables.preflight import installed
 from trainables.settings import ModelSettings
 from trainables.tasks import Task, TrialTask
 
@@ -258,14 +258,7 @@ def base_task(run: Run) -> Task:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that matter, as installed here."""
-    found = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            # A checkout that was not installed, or a driver that needs no torch.
-            continue
-    return found
+    return {"python": sys.version.split()[0], **installed(PACKAGES)}
 
 
 def commit() -> str:

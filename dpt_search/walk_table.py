@@ -10,8 +10,9 @@ from typing import Any
 import pyarrow as pa
 
 from dpt_search import surface_table
-from dpt_search.parquet import first_line, from_bytes, to_bytes
+from dpt_search.parquet import from_bytes, to_bytes
 from dpt_search.store import BadRun
+from search_spaces import first_line
 from search_spaces.ratios import Cell, RatioSpace
 from trainables.locations import read_bytes, write_bytes
 

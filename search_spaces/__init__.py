@@ -47,6 +47,11 @@ class BadInput(ValueError):
     """What the user gave cannot be used; the message is one line that says what to do about it."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return what an error says, short enough for a message of one line; the name of its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class UnsupportedModel(BadInput):
     """The model, or one of its blocks, has a structure this method cannot remove units from."""
 

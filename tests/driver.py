@@ -67,6 +67,17 @@ def wait_until(condition: Callable[[], object], driver: "subprocess.Popen[str]")
     raise AssertionError("the condition never held")
 
 
+def interrupted_when(condition: Callable[[], object], driver: "subprocess.Popen[str]") -> tuple[str, str]:
+    """Press Ctrl-C once the condition holds; return what the driver said until its end, of both streams."""
+    try:
+        wait_until(condition, driver)
+        driver.send_signal(signal.SIGINT)
+        said, complained = driver.communicate(timeout=100)
+    finally:
+        driver.kill()
+    return said, complained
+
+
 def workers_of(session: int) -> list[int]:
     """Processes of a session that run trials."""
     found = []

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from driver import outcomes, wait_until
+from driver import interrupted_when, outcomes, wait_until
 from head import BIN, ROOT, Head, ray_head
 
 from dpt_search.store import RunStore, TrialLog
@@ -121,12 +121,7 @@ def test_a_driver_that_was_killed_and_submitted_again_goes_on_with_no_trial_lost
 def test_ctrl_c_stops_the_job_and_the_same_command_goes_on(head, ranked, finished):
     start = submit_command(head, "search", ranked)
     following = subprocess.Popen(start, env=head.env, stdout=subprocess.PIPE, text=True)
-    try:
-        wait_until(lambda: (ranked / "trials" / "000001-proposed.json").exists(), following)
-        following.send_signal(signal.SIGINT)
-        said, _ = following.communicate(timeout=60)
-    finally:
-        following.kill()
+    said, _ = interrupted_when(lambda: (ranked / "trials" / "000001-proposed.json").exists(), following)
     assert following.returncode == 130
     assert said.endswith("the job was stopped; the same command goes on from here\n")
     assert "interrupted; the same command goes on from here" in said
@@ -143,12 +138,7 @@ def test_ctrl_c_stops_the_job_and_the_same_command_goes_on(head, ranked, finishe
 def test_ctrl_c_leaves_a_job_alone_that_is_only_watched(head, ranked):
     job = job_of(submitted(head, "--no-wait", "search", ranked).stdout)
     watching = subprocess.Popen(submit_command(head, "--follow", job), env=head.env, stdout=subprocess.PIPE, text=True)
-    try:
-        wait_until(lambda: (ranked / "trials" / "000000-proposed.json").exists(), watching)
-        watching.send_signal(signal.SIGINT)
-        said, _ = watching.communicate(timeout=60)
-    finally:
-        watching.kill()
+    said, _ = interrupted_when(lambda: (ranked / "trials" / "000000-proposed.json").exists(), watching)
     assert watching.returncode == 130
     assert "the job goes on" in said
     done = submitted(head, "--follow", job)

@@ -1,18 +1,15 @@
-"""The configuration: where its values come from, which are refused, and which may change between two starts."""
+"""The configuration: which values are refused, and which may change between two starts."""
 
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dpt_search.config import BadConfig, RunConfig, check, check_same_run, identity
-from dpt_search.options import DESCRIPTIONS, read_config
-from dpt_search.recipes import LATER_IN_RECIPES, PRESETS, recipe_inputs
+from dpt_search.options import read_config
 from dpt_search.run import identity_of
-from dpt_search.store import RunStore
 from trainables.settings import DataSettings, ModelSettings, Recipe
 
 BASE = RunConfig(ModelSettings("vit_tiny_patch16_224"), DataSettings("cifar10"), run_dir="runs/one")
@@ -221,143 +218,11 @@ def test_what_came_later_leaves_the_identity_of_earlier_runs_alone() -> None:
     assert identity_of(replace(BASE, keep="attn:0"))["keep"] == "attn:0"
 
 
-def test_fields_that_recipes_lacked_leave_earlier_runs_alone_where_they_are_what_those_did() -> None:
-    assert set(recipe_inputs(BASE.finetune)) == {f.name for f in fields(Recipe)} - LATER_IN_RECIPES.keys()
-    assert not [name for name in identity_of(BASE) if name.rpartition(".")[2] in LATER_IN_RECIPES]
-    other = replace(BASE, trial=Recipe(betas=[0.9, 0.99]), finetune=Recipe(compile=True))
-    assert identity_of(other) == identity_of(BASE) | {"trial.betas": [0.9, 0.99]}
-    assert recipe_inputs(other.finetune)["compile"] is True
-    for name, value in LATER_IN_RECIPES.items():
-        assert getattr(Recipe(), name) == value
-
-
 @pytest.mark.parametrize(("given", "workers"), [("2", (2, 2)), ("1..4", (1, 4)), ("3..3", (3, 3)), ("12", (12, 12))])
 def test_workers_are_a_number_or_a_range(given: str, workers: tuple[int, int]) -> None:
     config = read("run", f"--finetune-workers={given}", "--finetune.batch_size=64")
     assert config.workers == workers
     check(config)
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_recipe_is_what_the_long_fine_tune_has_where_nothing_else_is_said(tmp_path: Path, name: str) -> None:
-    expected = Recipe(**PRESETS[name])
-    for argv in (
-        ["--recipe", name],
-        [f"--recipe={name}", "--max-trials", "3"],
-        ["--model.name=m", "--data.path=p", "--recipe", name],
-    ):
-        config = read("run", *argv)
-        assert config.finetune == expected
-        check(config)
-    assert read("run").trial == read("run", "--recipe", name).trial
-    assert read("run", "--finetune-epochs", "7", "--recipe", name, "--finetune.mixup=0.3").finetune == replace(
-        expected, epochs=7, mixup=0.3
-    )
-    file = tmp_path / "mine.yaml"
-    file.write_text(f"model: {{name: m}}\ndata: {{path: p}}\nrecipe: {name}\nfinetune: {{lr: 0.5}}\n")
-    assert read("run", "--config", str(file)).finetune == replace(expected, lr=0.5)
-    assert read("run", "--config", str(file), "--finetune.epochs", "9").finetune == replace(expected, lr=0.5, epochs=9)
-    other = "deit" if name == "short" else "short"
-    assert read("run", "--config", str(file), "--recipe", other).finetune == Recipe(**PRESETS[other])
-    # A flag goes over the preset wherever it stands.
-    told = read("run", "--finetune.epochs", "20", "--config", str(file), "--recipe", other)
-    assert told.finetune.epochs == 20
-
-
-def test_a_recipe_goes_over_what_a_run_directory_has_and_stays(tmp_path: Path) -> None:
-    store = RunStore(str(tmp_path / "run"))
-    store.write_json("run.json", {"config": asdict(replace(BASE, finetune=Recipe(epochs=77, lr=0.1)))})
-    now = read("finetune", store.location, "--recipe", "deit", "--finetune.lr", "0.2")
-    assert now.finetune == replace(Recipe(**PRESETS["deit"]), lr=0.2)
-    store.write_json("run.json", {"config": asdict(now)})
-    assert read("finetune", store.location) == now
-    with pytest.raises(BadConfig, match="--recipe"):
-        read("run", "--recipe", "best")
-
-
-def test_the_published_recipe_is_the_published_one() -> None:
-    hetdpt = read("run", "--recipe", "hetdpt").finetune
-    assert (hetdpt.epochs, hetdpt.lr, hetdpt.min_lr, hetdpt.weight_decay, hetdpt.warmup_epochs) == (
-        400, 5e-5, 1e-5, 0.08, 10
-    )  # fmt: skip
-    assert (hetdpt.mixup, hetdpt.cutmix, hetdpt.label_smoothing, hetdpt.drop_path) == (0.8, 1.0, 0.1, 0.1)
-    assert (hetdpt.ema, hetdpt.distillation, hetdpt.distillation_alpha) == (0.99996, "hard", 0.5)
-    assert "rand-m9" in hetdpt.auto_augment
-
-
-def test_the_embedded_example_is_run_when_nothing_is_named() -> None:
-    config = read("run")
-    assert config.model.checkpoint == "package:dpt_search/embedded/fashion_mnist/dense.safetensors"
-    assert config.model.kwargs["depth"] == 12
-    assert read("run", "--max-trials", "3") == replace(config, max_trials=3)
-    check(config)
-
-
-def test_a_named_model_has_nothing_of_the_embedded_example() -> None:
-    config = read("run", "--model.name", "deit_tiny_patch16_224", "--data.path=cifar10")
-    assert config == RunConfig(ModelSettings("deit_tiny_patch16_224"), DataSettings("cifar10"))
-
-
-def test_flags_go_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
-    file = tmp_path / "mine.yaml"
-    file.write_text("model: {name: m}\ndata: {path: p, subset: 100}\nmax_trials: 5\ntrial: {lr: 2e-3, epochs: 3}\n")
-    config = read("run", "--config", str(file), "--trial-epochs=4", "--data.subset", "200", "--max_trials", "6")
-    assert config == RunConfig(
-        ModelSettings("m"), DataSettings("p", subset=200), max_trials=6, trial=Recipe(lr=2e-3, epochs=4)
-    )
-
-
-def test_a_flag_before_the_yaml_file_counts_too(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text("model: {name: m}\ndata: {path: p}\n")
-    assert read("run", "--data.subset=99", f"--config={tmp_path / 'mine.yaml'}").data.subset == 99
-
-
-@pytest.mark.parametrize("text", ["modle: {name: m}", "model: {nmae: m}", "trial: {epoch: 3}"])
-def test_an_unknown_yaml_key_is_refused_by_name_in_one_line(tmp_path: Path, text: str) -> None:
-    (tmp_path / "mine.yaml").write_text(text)
-    with pytest.raises(BadConfig) as caught:
-        read("run", "--config", str(tmp_path / "mine.yaml"))
-    assert any(name in str(caught.value) for name in ("modle", "nmae", "epoch"))
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("argument", ["--max-trials=many", "--device=tpu", "--seed=1.5", "--model.kwargs=3"])
-def test_a_value_of_the_wrong_type_names_its_flag_as_it_is_typed(argument: str) -> None:
-    with pytest.raises(BadConfig) as caught:
-        read("run", argument)
-    flag, _, value = argument.partition("=")
-    assert flag in str(caught.value)
-    assert value in str(caught.value)
-    assert "class" not in str(caught.value)
-
-
-def test_a_run_directorys_own_configuration_is_what_flags_go_over(tmp_path: Path) -> None:
-    store = RunStore(str(tmp_path / "run"))
-    odd = DataSettings("a b/{c}: [d]", image_column="null", label_column="1e5", mean=[0.1 + 0.2], cache_dir="~/#x")
-    mine = replace(BASE, data=odd, seed=7, timing_batches=[8], adapt=Recipe(epochs=0, lr=1 / 3), run_dir="elsewhere")
-    store.write_json("run.json", {"config": asdict(mine)})
-    again = replace(mine, run_dir=store.location)
-    assert read("run", "--run-dir", store.location) == again
-    assert read("run", f"--run-dir={store.location}", "--max-trials=20") == replace(again, max_trials=20)
-    for verb in (name for name in DESCRIPTIONS if name != "run"):
-        assert read(verb, store.location) == again
-    check_same_run(recorded(mine), again)
-
-
-@pytest.mark.parametrize(
-    "order", [["--max-trials", "20", "RUN"], ["RUN", "--max-trials=20"], ["--max-trials=20", "RUN"]]
-)
-def test_options_may_stand_before_and_after_the_run_directory(tmp_path: Path, order: list[str]) -> None:
-    store = RunStore(str(tmp_path / "run"))
-    store.write_json("run.json", {"config": asdict(BASE)})
-    argv = [store.location if argument == "RUN" else argument for argument in order]
-    assert read("search", *argv) == replace(BASE, run_dir=store.location, max_trials=20)
-
-
-def test_reading_a_configuration_creates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    read("run", "--run-dir", "new")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_the_shared_weights_are_trained_on_may_not_change_under_trials_that_start_from_them() -> None:
@@ -367,21 +232,6 @@ def test_what_the_shared_weights_are_trained_on_may_not_change_under_trials_that
             check_same_run(asdict(drawn), now)
     uniform = replace(BASE, start="probe")
     check_same_run(asdict(uniform), replace(uniform, budget="units=2", probe_cells=7))
-
-
-@pytest.mark.parametrize("flags", [["--baseline"], ["--baseline", "true"], ["--baseline=true"]])
-def test_a_baseline_needs_no_value_and_stands_anywhere(tmp_path: Path, flags: list[str]) -> None:
-    RunStore(str(tmp_path)).write_json("run.json", {"config": asdict(replace(BASE, run_dir=str(tmp_path)))})
-    for order in ([*flags, str(tmp_path)], [str(tmp_path), *flags], [str(tmp_path), *flags, "--max-trials", "3"]):
-        assert read_config("export", order) == replace(
-            BASE, run_dir=str(tmp_path), baseline=True, max_trials=3 if "3" in order else BASE.max_trials
-        )
-    assert not read_config("export", [str(tmp_path), "--baseline", "false"]).baseline
-
-
-@pytest.mark.parametrize(("flags", "compiled"), [(["--compiled"], True), (["--compiled", "false"], False), ([], False)])
-def test_compiling_is_a_switch(tmp_path: Path, flags: list[str], compiled: bool) -> None:
-    assert read_config("run", ["--run-dir", str(tmp_path), *flags, "--seed", "3"]).compiled is compiled
 
 
 def test_formats_are_written_in_their_own_order_and_others_are_refused() -> None:

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from driver import command, dpt_search, killed_when, outcomes, wait_until, workers_of
+from driver import command, dpt_search, interrupted_when, killed_when, outcomes, wait_until, workers_of
 
 from dpt_search.store import RunStore, TrialLog
 
@@ -69,12 +69,7 @@ def test_ctrl_c_in_the_search_ends_the_run_there(finished, small, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns("trials", "finetune", "export", "search.json"))
     driver = subprocess.Popen(command("run", "--run-dir", run), stderr=subprocess.PIPE, text=True)
-    try:
-        wait_until(lambda: (run / "trials" / "000001-proposed.json").exists(), driver)
-        driver.send_signal(signal.SIGINT)
-        _, said = driver.communicate(timeout=100)
-    finally:
-        driver.kill()
+    _, said = interrupted_when(lambda: (run / "trials" / "000001-proposed.json").exists(), driver)
     assert driver.returncode == 130, said
     assert "goes on from here" in said
     log = TrialLog(RunStore(str(run)))

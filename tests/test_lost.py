@@ -10,7 +10,7 @@ from ray.exceptions import RayActorError
 from ray.tune.search import Searcher
 
 from dpt_search.demand import Demand
-from dpt_search.lost import RETRIES, Losses, is_loss_of_node
+from dpt_search.lost import MOST_LOSSES, Losses, is_loss_of_node
 from dpt_search.run import Run
 from dpt_search.search_plan import SearchPlan
 from dpt_search.store import Finished, Proposed, TrialLog
@@ -57,7 +57,7 @@ def trials(tiny_run: Run) -> Trials:
 
 def test_a_trial_whose_node_is_lost_goes_on_under_its_number_however_often(trials: Trials) -> None:
     (first, told), (second, _) = trials.begin(), trials.begin()
-    for _ in range(RETRIES + 3):
+    for _ in range(MOST_LOSSES + 3):
         trials.lose(first, with_node=True)
         first, again = trials.begin()
         assert again == told
@@ -67,17 +67,17 @@ def test_a_trial_whose_node_is_lost_goes_on_under_its_number_however_often(trial
     assert trials.search.stopped == ""
     assert sorted(trials.log.proposed) == sorted(trials.log.finished) == [0, 1]
     assert [each.status for each in trials.ended] == ["finished", "finished"]
-    assert [(record.trial, with_node) for record, with_node in trials.lost] == [(0, True)] * (RETRIES + 3)
+    assert [(record.trial, with_node) for record, with_node in trials.lost] == [(0, True)] * (MOST_LOSSES + 3)
     study = trials.search._optuna._ot_study
     assert [trial.value for trial in study.trials] == [0.5, 0.5]
 
 
 def test_a_trial_that_keeps_losing_its_worker_alone_has_failed(trials: Trials) -> None:
-    for attempt in range(RETRIES + 1):
+    for attempt in range(MOST_LOSSES + 1):
         name, told = trials.begin()
         assert told["trial"] == 0
         trials.lose(name, with_node=False)
-        assert len(trials.ended) == (attempt == RETRIES)
+        assert len(trials.ended) == (attempt == MOST_LOSSES)
     assert trials.ended[0].error == "its worker was lost"
     assert trials.search.stopped.startswith("1 trials in a row failed")
 
@@ -92,7 +92,7 @@ def test_a_trial_that_left_a_reason_has_failed_by_itself_and_at_once(trials: Tri
 
 
 def test_a_trial_that_comes_an_epoch_further_may_lose_as_many_workers_again(trials: Trials) -> None:
-    for _ in range(3 * RETRIES):
+    for _ in range(3 * MOST_LOSSES):
         name, _ = trials.begin()
         trials.search.on_trial_result(name, RESULT)
         trials.lose(name, with_node=False)
@@ -114,7 +114,7 @@ def test_the_search_waits_for_trials_that_may_yet_be_lost_and_for_room(tiny_run:
 
 def test_losses_are_counted_by_trial() -> None:
     losses = Losses()
-    assert not any(losses.is_final(trial, False) for trial in (0, 1) for _ in range(RETRIES))
+    assert not any(losses.is_final(trial, False) for trial in (0, 1) for _ in range(MOST_LOSSES))
     assert losses.is_final(0, False)
     losses.progress(1)
     assert not losses.is_final(1, False)

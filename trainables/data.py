@@ -28,7 +28,7 @@ from trainables.splits import Indices, assign, balanced_subset
 from trainables.tables import BadData, Table, open_tables
 
 Batch = tuple[torch.Tensor, torch.Tensor]
-ALONE = Share()
+WHOLE = Share()
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class ImageSet:
         return len(self.labels)
 
     def train_batches(
-        self, recipe: Recipe, seed: int, epoch: int, *, share: Share = ALONE, workers: int = 0
+        self, recipe: Recipe, seed: int, epoch: int, *, share: Share = WHOLE, workers: int = 0
     ) -> Iterator[Batch]:
         """Iterate over a worker's pieces of the batches of an epoch, augmented by (seed, epoch, image, repeat)."""
         order = epoch_order(len(self), recipe, seed, epoch)

@@ -10,7 +10,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from search_spaces import BadInput
+from search_spaces import BadInput, first_line
 from search_spaces.gated import make_plain
 from search_spaces.timm_compat import timm
 from trainables.locations import read_bytes
@@ -66,7 +66,7 @@ def _created(settings: ModelSettings, kwargs: dict[str, Any]) -> Any:
             model = timm.create_model(settings.name, pretrained=pretrained, **rest)
         _take_images_of(model, kwargs.get("in_chans"), size)
     except Exception as error:  # each model has its own kinds of error
-        raise BadModel(f"timm cannot build {settings.name} with {settings.kwargs}: {_first_line(error)}") from None
+        raise BadModel(f"timm cannot build {settings.name} with {settings.kwargs}: {first_line(error)}") from None
     return model
 
 
@@ -121,7 +121,7 @@ def read_weights(location: str) -> dict[str, torch.Tensor]:
     except FileNotFoundError:
         raise BadModel(f"model.checkpoint {location!r} does not exist") from None
     except Exception as error:  # each reader has its own kinds of error
-        raise BadModel(f"cannot read weights from {location!r}: {_first_line(error)}") from None
+        raise BadModel(f"cannot read weights from {location!r}: {first_line(error)}") from None
     for key in ("state_dict_ema", "state_dict", "model"):
         state = state.get(key, state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
@@ -151,7 +151,3 @@ def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], where: 
             f"(such as {example}): give the model.name and model.kwargs it was made with"
         )
     model.load_state_dict(state)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

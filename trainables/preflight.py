@@ -6,11 +6,14 @@ import importlib.util
 import platform
 import socket
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from importlib import metadata
 from typing import Any
 
 from pyarrow import fs
 
+from search_spaces import first_line
 from trainables.locations import read_bytes, resolve, write_bytes
 from trainables.settings import NAMED_DATA
 from trainables.tasks import LookTask
@@ -41,12 +44,17 @@ def look(task: LookTask) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the versions that must be the same on every node, without what says how a package was built."""
-    found = {"python": ".".join(platform.python_version_tuple()[:2])}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package).partition("+")[0]
-        except metadata.PackageNotFoundError:
-            continue
+    found = {name: version.partition("+")[0] for name, version in installed(PACKAGES).items()}
+    return {"python": ".".join(platform.python_version_tuple()[:2]), **found}
+
+
+def installed(packages: Sequence[str]) -> dict[str, str]:
+    """Return the versions of those of some packages that are installed here."""
+    found = {}
+    for package in packages:
+        # A checkout that was not installed, or a driver that needs no torch.
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
     return found
 
 
@@ -68,11 +76,11 @@ def _run_dir_problem(task: LookTask) -> str:
     try:
         write_bytes(f"{task.folder}/{task.node}", task.token.encode())
     except (OSError, ValueError) as error:
-        return f"cannot write to it ({_first_line(error)})"
+        return f"cannot write to it ({first_line(error)})"
     try:
         shared = sees(f"{task.folder}/driver", task.token.encode())
     except OSError as error:
-        return f"cannot read from it ({_first_line(error)})"
+        return f"cannot read from it ({first_line(error)})"
     return "" if shared else f"does not see what the driver, on {task.driver}, writes there"
 
 
@@ -106,9 +114,5 @@ def _read_problem(what: str, place: str) -> str:
             with filesystem.open_input_file(path) as stream:
                 stream.read(1)
     except (OSError, ValueError) as error:
-        return f"cannot read {what} {place!r} ({_first_line(error)})"
+        return f"cannot read {what} {place!r} ({first_line(error)})"
     return ""
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

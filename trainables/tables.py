@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 from pyarrow import fs
 
-from search_spaces import BadInput
+from search_spaces import BadInput, first_line
 from trainables.locations import IMAGE_SUFFIXES, resolve
 from trainables.settings import NAMED_DATA, DataSettings
 from trainables.splits import Indices
@@ -136,7 +136,7 @@ class ParquetTable(Table):
             table = pq.read_table(path, columns=[self._data.label_column], filesystem=self._filesystem)
             return table.column(0).to_numpy().astype(np.int64, casting="safe")
         except (pa.ArrowException, OSError, TypeError) as error:
-            raise BadData(f"cannot read {path} as Parquet with integer labels: {_first_line(error)}") from None
+            raise BadData(f"cannot read {path} as Parquet with integer labels: {first_line(error)}") from None
 
     def images(self, indices: Indices) -> Iterator[Image.Image]:
         for file, first, last in zip(self._files, self._starts[:-1], self._starts[1:], strict=True):
@@ -155,7 +155,7 @@ class ParquetTable(Table):
                         yield _decoded(column[int(row) - start].as_py(), f"row {row} of {path}")
                     start += len(column)
         except (pa.ArrowException, OSError) as error:
-            raise BadData(f"cannot read {path}: {_first_line(error)}") from None
+            raise BadData(f"cannot read {path}: {first_line(error)}") from None
 
     def image(self, index: int) -> Image.Image:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -166,7 +166,7 @@ class ParquetTable(Table):
             # One thread: a process that was forked has none of the pool's.
             table = parquet.read_row_group(group, columns=[self._data.image_column], use_threads=False)
         except (pa.ArrowException, OSError) as error:
-            raise BadData(f"cannot read {path}: {_first_line(error)}") from None
+            raise BadData(f"cannot read {path}: {first_line(error)}") from None
         return _decoded(table.column(0)[row - int(starts[group])].as_py(), f"row {row} of {path}")
 
     def _opened(self, path: str) -> tuple[pq.ParquetFile, Indices]:
@@ -248,7 +248,7 @@ def _open_torchvision(data: DataSettings) -> dict[str, Table]:
         }
     except (RuntimeError, OSError) as error:
         raise BadData(
-            f"cannot download {data.path} to {root} ({_first_line(error)}): put its files there, or give data.path "
+            f"cannot download {data.path} to {root} ({first_line(error)}): put its files there, or give data.path "
             "a Parquet file or folder"
         ) from None
 
@@ -275,9 +275,5 @@ def decode(encoded: bytes, where: str) -> Image.Image:
         image = Image.open(io.BytesIO(encoded))
         image.load()
     except (UnidentifiedImageError, OSError, TypeError, ValueError) as error:
-        raise BadData(f"cannot decode the image in {where}: {_first_line(error)}") from None
+        raise BadData(f"cannot decode the image in {where}: {first_line(error)}") from None
     return image
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

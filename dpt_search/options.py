@@ -109,7 +109,7 @@ def read_config(verb: str, argv: list[str]) -> RunConfig:
     parser = config_parser(verb, everything)
     if everything:
         argv = ["--help"]
-    if not {"-h", "--help", "--print_config"} & set(argv):
+    if not {"-h", "--help"} & set(argv):
         argv = _with_base(argv, verb)
     argv = _with_recipe(argv)
     parsed = parser.parse_args(argv)

@@ -20,6 +20,13 @@ def test_the_embedded_example_is_run_when_nothing_is_named() -> None:
     check(config)
 
 
+def test_the_printed_configuration_is_that_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read("run", "--max-trials", "3", "--print-config")
+    (tmp_path / "mine.yaml").write_text(capsys.readouterr().out)
+    assert read("run", "--config", str(tmp_path / "mine.yaml")) == read("run", "--max-trials", "3")
+
+
 def test_a_named_model_has_nothing_of_the_embedded_example() -> None:
     config = read("run", "--model.name", "deit_tiny_patch16_224", "--data.path=cifar10")
     assert config == RunConfig(ModelSettings("deit_tiny_patch16_224"), DataSettings("cifar10"))

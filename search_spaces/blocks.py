@@ -12,7 +12,7 @@ import functools
 import importlib
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -69,6 +69,7 @@ class Form:
         attn_stays: says of a block why its attentions cannot be removed; the empty text where they can.
         returns: makes what the block returns of the tokens and its arguments.
         shrink: at the merge, drops what a block without attentions does not use of the modules that it keeps.
+        numbered: the steps, each branch with its number among the block's attentions; -1 for others.
     """
 
     steps: tuple[Step, ...]
@@ -76,22 +77,25 @@ class Form:
     attn_stays: Callable[[Any], str] = always
     returns: Callable[..., Any] | None = None
     shrink: Callable[[Any], None] | None = None
+    numbered: list[list[tuple[Branch, int]] | Callable[..., torch.Tensor]] = field(
+        init=False, repr=False, compare=False
+    )
 
-    def branches(self, kind: str) -> list[Branch]:
-        """Return the branches of a kind, in order."""
-        flat = [branch for step in self.steps if not callable(step) for branch in _together(step)]
-        return [branch for branch in flat if branch.kind == kind]
-
-    @functools.cached_property
-    def numbered(self) -> list[list[tuple[Branch, int]] | Callable[..., torch.Tensor]]:
-        """The steps, each branch with its number among the block's attentions; -1 for others."""
+    def __post_init__(self) -> None:
+        # Here, and no cached property: torch.compile breaks a block in pieces at that one's lock.
         numbers = itertools.count()
-        return [
+        numbered = [
             step
             if callable(step)
             else [(branch, next(numbers) if branch.kind == "attn" else -1) for branch in _together(step)]
             for step in self.steps
         ]
+        object.__setattr__(self, "numbered", numbered)
+
+    def branches(self, kind: str) -> list[Branch]:
+        """Return the branches of a kind, in order."""
+        flat = [branch for step in self.steps if not callable(step) for branch in _together(step)]
+        return [branch for branch in flat if branch.kind == kind]
 
 
 def _together(step: Branch | tuple[Branch, ...]) -> tuple[Branch, ...]:

@@ -3,7 +3,7 @@
 import copy
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import pytest
@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from search_spaces import UnsupportedModel, family_of
+from search_spaces.blocks import Left
 from search_spaces.plan import KINDS, Attention, PruningPlan, Unit
 from search_spaces.timm_compat import timm
 from trainables.timing import count_macs, count_params
@@ -233,6 +234,20 @@ def test_a_merged_model_still_learns(row, attention):
     model(torch.randn(3, *SIZE)).square().sum().backward()
     silent = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not silent
+
+
+def test_a_merged_model_compiles_in_one_piece(row, attention):
+    model = fresh(row)
+    some = PruningPlan((0, 2), (0, 3))
+    merged = family_of(model).merge(family_of(model).remove(model, some, attention)).eval()
+    for block in merged.modules():
+        if isinstance(block, Left):
+            # Never called before, as in a profile of compiled models.
+            block.form = replace(block.form)
+    torch.compiler.reset()
+    # Without a compiler: what torch would give to one, refused if it is more than one graph.
+    whole = torch.compile(merged, backend="eager", fullgraph=True)
+    assert largest_difference(logits(whole), logits(merged)) < 1e-6
 
 
 @pytest.mark.parametrize("kind", KINDS)

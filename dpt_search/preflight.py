@@ -23,6 +23,8 @@ from trainables.tasks import LookTask
 
 PATIENCE_SECONDS = 20.0
 """How long nothing may be coming that could hold a trial; an autoscaler looks every five seconds."""
+ANSWER_SECONDS = 10.0
+"""By when an autoscaler has answered; nodes that were coming before are no answer."""
 
 
 def check_place(config: RunConfig) -> None:
@@ -170,15 +172,15 @@ def _await_workers(config: RunConfig, each: dict[str, float], say: Callable[[str
         f"the long fine-tune needs {fewest} workers of {shape(each)}, and there is room for {held}: asking for one more"
     )
     more = placement_group([each] * (held + 1))
-    hope = time.monotonic()
+    begun = time.monotonic()
     try:
-        while time.monotonic() - hope < PATIENCE_SECONDS:
+        while (waited := time.monotonic() - begun) < PATIENCE_SECONDS:
             with suppress(Exception):
                 now = holdings()
-                if now.coming or capacity(each) > held:
-                    return
                 if now.refuses(each):
                     break
+                if capacity(each) > held or (now.coming and waited > ANSWER_SECONDS):
+                    return
             time.sleep(1.0)
     finally:
         remove_placement_group(more)

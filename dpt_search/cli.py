@@ -116,6 +116,7 @@ def _do(config: Any, only: str = "") -> None:
         from dpt_search.stages import STAGES, WHOLE
 
         say(f"run directory {run.store.root if run.store.is_local else config.run_dir}")
+        run.finetunes = only in ("", "finetune", "baseline") or (only == "dense" and config.adapt.epochs > 0)
         for name in (only,) if only else WHOLE:
             STAGES[name](run)
         if not only:

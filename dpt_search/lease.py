@@ -24,6 +24,8 @@ SETTLE_SECONDS = 0.2
 """Longer than it takes from reading a free lease to writing one's own."""
 LAST_BEAT_SECONDS = 2.0
 """How long a heartbeat that is being written is waited for when the process is told to end."""
+END_SECONDS = 15.0
+"""How long what is under way may take to end once the run is another's, or anybody's; then the process ends at once."""
 
 
 class Lease:
@@ -32,7 +34,8 @@ class Lease:
     A lease is free again when its holder's heartbeat is older than `STALE_SECONDS`, or at once when the holder was a
     process of this host that is gone. One on another host, such as a pod that was replaced, is listened to for up to
     `SILENT_SECONDS`: the next driver of a killed one begins then. SIGTERM, which `ray job stop` and Kubernetes send
-    shortly before they kill, gives the lease up at once and then ends the program as Ctrl-C does.
+    shortly before they kill, gives the lease up at once and then ends the program as Ctrl-C does. If something swallows
+    that interrupt, the process is ended after `END_SECONDS`: without the lease it must not go on.
 
     Raises (on entering):
         BadRun: another driver holds the run, naming it.
@@ -48,7 +51,7 @@ class Lease:
         """
         self._store, self._lost = store, lost
         self._id = uuid.uuid4().hex
-        self._stop = threading.Event()
+        self._stop, self._left = threading.Event(), threading.Event()
         self._before: Any = None
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
@@ -76,6 +79,7 @@ class Lease:
     ) -> None:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
+        self._left.set()
         self._stop.set()
         self._thread.join()
         self._give_up()
@@ -100,11 +104,17 @@ class Lease:
         # The run may not be reachable any more: the program ends all the same.
         with suppress(BadRun, OSError):
             self._give_up()
+        threading.Thread(target=self._end_anyway, daemon=True).start()
         interrupt = signal.getsignal(signal.SIGINT)
         if callable(interrupt):
             # Not sent as a signal: in a job of Ray's SIGINT is blocked.
             interrupt(number, frame)
         raise KeyboardInterrupt
+
+    def _end_anyway(self) -> None:
+        """End the process, as an interrupt would, unless the context is left soon: Ray, or Tune, may swallow one."""
+        if not self._left.wait(END_SECONDS):
+            os._exit(130)
 
     def _give_up(self) -> None:
         if self._is_ours():
@@ -134,6 +144,7 @@ class Lease:
                 if not self._is_ours():
                     # Another driver writes now: this one must not.
                     self._lost()
+                    self._end_anyway()
                     return
                 self._write()
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from dpt_search.config import BadConfig, RunConfig
 from dpt_search.holdings import holdings, nodes_that_fit, shape
-from dpt_search.remote import begin, call_on, is_cluster, resources
+from dpt_search.remote import begin, call_on, capacity, is_cluster, resources
 from dpt_search.store import BadRun, RunStore
 from dpt_search.waiting import Waiting
 from trainables.devices import DEVICES
@@ -23,6 +23,8 @@ from trainables.tasks import LookTask
 
 PATIENCE_SECONDS = 20.0
 """How long nothing may be coming that could hold a trial; an autoscaler looks every five seconds."""
+ANSWER_SECONDS = 10.0
+"""By when an autoscaler has answered; nodes that were coming before are no answer."""
 
 
 def check_place(config: RunConfig) -> None:
@@ -50,6 +52,7 @@ class Preflight:
     def __init__(self) -> None:
         self._seen: set[tuple[str, str]] = set()
         self._roomy: list[dict[str, float]] = []
+        self._placed: list[tuple[int, dict[str, float]]] = []
         # The driver needs no torch: of what it lacks, the first node tells what the others are to have.
         self._versions = versions()
 
@@ -71,6 +74,18 @@ class Preflight:
             new = [name for name in nodes_that_fit(wanted) if (store.location, name) not in self._seen]
             if new:
                 self._seen |= {(store.location, name) for name in self._check_nodes(config, store, new)}
+
+    def check_workers(self, config: RunConfig, say: Callable[[str], None]) -> None:
+        """Look whether the workers of the long fine-tune will fit, as far as that can be seen before any is needed.
+
+        Raises:
+            BadConfig: the fewest of them do not fit, and the cluster does not grow.
+        """
+        each = resources(config, config.cpus_per_trial, 1.0)
+        asked = (config.workers[0], each)
+        if is_cluster() and asked not in self._placed:
+            _await_workers(config, each, say)
+            self._placed.append(asked)
 
     def _check_nodes(self, config: RunConfig, store: RunStore, nodes: list[str]) -> list[str]:
         """Look at nodes, and return those that could be looked at."""
@@ -141,3 +156,36 @@ def _await_room(config: RunConfig, wanted: dict[str, float], say: Callable[[str]
             )
         waiting.look()
     pending.value()
+
+
+def _await_workers(config: RunConfig, each: dict[str, float], say: Callable[[str], None]) -> None:
+    """Refuse workers of the long fine-tune that a cluster cannot hold, unless it grows when one more is asked for.
+
+    Where it grows, room for all of them would cost nodes that idle until the search has ended.
+    """
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    fewest, held = config.workers[0], capacity(each)
+    if held >= fewest:
+        return
+    say(
+        f"the long fine-tune needs {fewest} workers of {shape(each)}, and there is room for {held}: asking for one more"
+    )
+    more = placement_group([each] * (held + 1))
+    begun = time.monotonic()
+    try:
+        while (waited := time.monotonic() - begun) < PATIENCE_SECONDS:
+            with suppress(Exception):
+                now = holdings()
+                if now.refuses(each):
+                    break
+                if capacity(each) > held or (now.coming and waited > ANSWER_SECONDS):
+                    return
+            time.sleep(1.0)
+    finally:
+        remove_placement_group(more)
+    fewer = f"--finetune-workers {held}, or 1..{config.workers[1]} for as many as there are, " if held else ""
+    raise BadConfig(
+        f"finetune_workers is {config.finetune_workers}, but the cluster has room for {held} workers of {shape(each)} "
+        f"and does not grow: set {fewer}smaller cpus_per_trial, or add nodes"
+    )

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -15,8 +16,9 @@ from dpt_search.hints import hints_of
 from dpt_search.posterior import Hint
 from dpt_search.probe_table import NAME, SCHEMA, write_probe
 from dpt_search.recipes import recipe_inputs
-from dpt_search.remote import Pending, StageFailed, begin
+from dpt_search.remote import Pending, StageFailed, begin_in_own_room
 from dpt_search.run import Run, identity_of, read_ranking
+from dpt_search.waiting import Waiting
 from search_spaces.ratios import Cell, spread
 from trainables.tasks import ProbeTask
 
@@ -57,12 +59,16 @@ class ProbeBeside:
         task: what the worker was told; None without a probe.
         pending: the call, while it is under way.
         since: when it began, on the monotonic clock.
+        waiting: says why it has no room, while it has none.
+        told: whether it was said that trials wait for it.
     """
 
     run: Run
     task: ProbeTask | None = None
     pending: Pending | None = None
     since: float = 0.0
+    waiting: Waiting | None = None
+    told: bool = False
 
     @classmethod
     def started(cls, run: Run, concurrent: int) -> ProbeBeside:
@@ -82,11 +88,40 @@ class ProbeBeside:
         # What an earlier probe found must not pass for this one's.
         run.store.delete(NAME)
         _announce(run, task)
-        pending = begin(config, "trainables.probe:run_probe", task, cpus=config.cpus_per_trial)
-        beside = cls(run, task, pending, time.monotonic())
+        pending = begin_in_own_room(config, "trainables.probe:run_probe", task, cpus=config.cpus_per_trial)
+        beside = cls(run, task, pending, time.monotonic(), Waiting(run.say, run.finetune_resources))
         if config.start == "probe" or concurrent < 2:
             beside.finish()
         return beside
+
+    def leaves(self, workers: int) -> int:
+        """Return how many trials may run beside the probe: none before it has room, or it might wait for all of them.
+
+        Args:
+            workers: the trials that there is room for without it.
+        """
+        if self.pending is not None and self.pending.is_done():
+            # It gives its room back.
+            self.finish()
+        if self.pending is None:
+            return workers
+        if not self._has_room():
+            return 0
+        wanted, trial = self.run.finetune_resources, self.run.resources
+        left = max(0, workers - math.ceil(max(wanted[name] / amount for name, amount in trial.items() if amount)))
+        if not left and not self.told:
+            self.run.say("the probe has all the room there is: trials begin after it")
+            self.told = True
+        return left
+
+    def _has_room(self) -> bool:
+        """Say whether the probe has begun, or at least may; say why not if that takes long."""
+        assert self.pending is not None
+        assert self.waiting is not None
+        if self.pending.has_room():
+            return True
+        self.waiting.look()
+        return False
 
     def hints(self) -> list[Hint]:
         """Return the surfaces that are known by now; never waits."""
@@ -102,6 +137,8 @@ class ProbeBeside:
         """
         if self.pending is None or self.task is None:
             return
+        while not self.pending.is_done(1.0):
+            self._has_room()
         pending, self.pending = self.pending, None
         try:
             found = pending.value()

@@ -151,10 +151,21 @@ def call_here(target: str, *args: Any) -> Any:
 
 @dataclass(frozen=True)
 class Pending:
-    """A call that is under way on a worker."""
+    """A call that is under way on a worker.
+
+    Attributes:
+        target: what was called.
+        reference: Ray's, of its result.
+        reserved: Ray's placement group, where room was reserved for it.
+    """
 
     target: str
     reference: Any
+    reserved: Any = None
+
+    def has_room(self) -> bool:
+        """Say whether the room that was reserved is there; one that is free is there within a second."""
+        return bool(self.reserved.wait(1))
 
     def is_done(self, seconds: float = 0.0) -> bool:
         """Say whether it has ended, waiting for at most so long."""
@@ -170,6 +181,9 @@ class Pending:
             outcome = ray.get(self.reference)
         except ray.exceptions.RayError as error:
             raise StageFailed(f"the worker of {self.target} was lost: {str(error).strip().splitlines()[0]}") from None
+        finally:
+            if self.reserved is not None:
+                ray.util.remove_placement_group(self.reserved)
         return _value(self.target, outcome)
 
 
@@ -177,6 +191,18 @@ def begin(config: RunConfig, target: str, *args: Any, cpus: float = 1, devices: 
     """Begin what `call` does, and return at once."""
     remote = _remote(resources(config, cpus, devices), calls=0 if config.device == "cpu" else 1)
     return Pending(target, remote.remote(target, args))
+
+
+def begin_in_own_room(config: RunConfig, target: str, *args: Any, cpus: float = 1, devices: float = 1.0) -> Pending:
+    """Begin what `call` does as soon as room is reserved for it, which can be asked for; return at once."""
+    from ray.util.placement_group import placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    wanted = resources(config, cpus, devices)
+    reserved = placement_group([wanted])
+    remote = _remote(wanted, calls=0 if config.device == "cpu" else 1)
+    own = remote.options(scheduling_strategy=PlacementGroupSchedulingStrategy(reserved))
+    return Pending(target, own.remote(target, args), reserved)
 
 
 def call_on(target: str, jobs: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:

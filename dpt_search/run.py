@@ -39,6 +39,8 @@ class Session:
             self._open.enter_context(ray_session())
             self._started = True
         self._preflight.check(run.config, run.store, run.say)
+        if run.finetunes:
+            self._preflight.check_workers(run.config, run.say)
 
     def close(self) -> None:
         """Leave it."""
@@ -56,6 +58,7 @@ class Run:
         reseed: added to the seed of sampler, trials and probe, for searches that are to differ by chance alone: the
             data stay those of the seed.
         session: Ray, which several runs may share.
+        finetunes: whether the long fine-tune is to come, whose workers have to fit.
     """
 
     config: RunConfig
@@ -63,6 +66,7 @@ class Run:
     say: Callable[[str], None]
     reseed: int = 0
     session: Session = field(default_factory=Session)
+    finetunes: bool = False
 
     def __enter__(self) -> Run:
         return self
@@ -101,7 +105,7 @@ class Run:
 
     @property
     def finetune_resources(self) -> dict[str, float]:
-        """Ray resources of one worker of the long fine-tune: workers that communicate cannot share an accelerator."""
+        """Ray resources of the probe and of one worker of the long fine-tune: those cannot share an accelerator."""
         return resources(self.config, self.config.cpus_per_trial, 1.0)
 
     @property

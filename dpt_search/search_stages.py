@@ -73,8 +73,9 @@ def search(run: Run, allowance: Allowance | None = None) -> None:
             allowance=allowance,
         )
         task = run.trial_task(config.cpus_per_trial, "checkpoints", config.trial_timeout)
-        with Demand(run.resources, concurrent) as demand:
+        with Demand(run.resources, concurrent, beside.leaves, run.start_ray) as demand:
             proposer = RecordedSearch(plan, log, task, partial(_ended, run.store, lines), demand.room, lines.lost)
+            demand.wait(proposer.remaining)
             run_search(proposer, log, task, run.resources, concurrent, Waiting(run.say, run.resources))
         beside.finish()
         for name in run.store.names("checkpoints"):

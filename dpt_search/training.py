@@ -33,6 +33,7 @@ def train(
         What `long_finetune.finetune` does.
     """
     run.start_ray()
+    _keep_requests_on_head()
     config, (fewest, most) = run.config, _workers(run)
     known = run.store.read_json(f"{folder}/progress.json")
     if known is None or known["inputs"] != digest:
@@ -62,6 +63,19 @@ def train(
             continue
         lines.show()
         return result
+
+
+def _keep_requests_on_head() -> None:
+    """Have Ray Train's requests to the autoscaler kept on the head, which is not paid for longer on their account."""
+    import ray
+
+    from dpt_search.remote import call_on, is_cluster
+
+    if is_cluster():
+        head = [
+            node["NodeID"] for node in ray.nodes() if node["Alive"] and "node:__internal_head__" in node["Resources"]
+        ]
+        call_on("trainables.train_requests:keep_here", dict.fromkeys(head, ()))
 
 
 def _workers(run: Run) -> tuple[int, int]:

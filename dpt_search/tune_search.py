@@ -233,8 +233,8 @@ def run_search(
     Raises:
         SearchFailed: too many trials in a row failed.
     """
-    # Every trial's end has its line and its record; Tune would add traces of those that go on elsewhere.
-    for name in ("tune", "execution.tune_controller"):
+    # Every trial's end has its line and its record, and every wait its line; Tune would add traces of what goes on.
+    for name in ("tune", "execution.tune_controller", "execution.insufficient_resources_manager"):
         logging.getLogger(f"ray.tune.{name}").setLevel(logging.CRITICAL)
     trainable = tune.with_resources(
         tune.with_parameters(PruningTrial, task=task), tune.PlacementGroupFactory([resources])

@@ -81,6 +81,22 @@ def test_as_many_nodes_come_as_are_of_use_and_go_when_they_are_not(cluster: Head
     wait_for(lambda: not workers(), 60)
 
 
+def test_workers_of_the_fine_tune_are_refused_where_no_node_type_has_room_for_one(cluster: Head) -> None:
+    from dpt_search.config import BadConfig, RunConfig
+    from dpt_search.preflight import Preflight
+
+    said = list[str]()
+    # Each takes a node of its own, and there is none now.
+    Preflight().check_workers(RunConfig(device="npu", finetune_workers=2), said.append)
+    assert said == [
+        "the long fine-tune needs 2 workers of 1 CPU and 1 NPU, and there is room for 0: asking for one more"
+    ]
+    wait_for(workers, 60)
+    with pytest.raises(BadConfig, match="room for 0 workers of 2 CPU and 1 NPU and does not grow: set smaller cpus"):
+        Preflight().check_workers(RunConfig(device="npu", finetune_workers=1, cpus_per_trial=2), said.append)
+    wait_for(lambda: not workers(), 90)
+
+
 def test_a_search_grows_the_cluster_uses_all_of_it_and_lets_it_go_while_the_fine_tune_runs(
     cluster: Head, tmp_path: Path
 ) -> None:

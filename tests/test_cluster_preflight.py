@@ -14,6 +14,8 @@ from clusters import free_ports
 from driver import command
 from head import BIN, Head, ray_head
 
+from dpt_search.store import RunStore, TrialLog
+
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 
@@ -60,9 +62,9 @@ def await_nodes(head: Head, count: int) -> None:
     raise AssertionError(f"the cluster never had {count} nodes: {done.stdout}{done.stderr}")
 
 
-def run_on(head: Head, *arguments: object) -> "subprocess.CompletedProcess[str]":
+def run_on(head: Head, *arguments: object, verb: str = "dense") -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        command("dense", *arguments), env={**head.env, "RAY_ADDRESS": head.address}, capture_output=True, text=True
+        command(verb, *arguments), env={**head.env, "RAY_ADDRESS": head.address}, capture_output=True, text=True
     )
 
 
@@ -106,6 +108,47 @@ def test_what_no_node_can_hold_is_refused_after_a_short_while(head, small, tmp_p
 def test_a_device_that_no_node_has_is_refused(head, small, tmp_path):
     said = refused(run_on(head, tmp_path / "run", "--config", small, "--device", "npu"))
     assert "no node can hold a trial: 1 CPU and 1 NPU wanted on one node" in said
+
+
+def test_a_fine_tune_whose_workers_cannot_fit_is_refused_before_anything_is_trained(head, small, tmp_path):
+    start = time.monotonic()
+    said = refused(run_on(head, "--config", small, "--run-dir", tmp_path / "run", "--finetune-workers", 3, verb="run"))
+    assert time.monotonic() - start < 60
+    assert "finetune_workers is 3, but the cluster has room for 2 workers of 1 CPU and does not grow" in said
+    assert "set --finetune-workers 2, or 1..3 for as many as there are" in said
+    assert not (tmp_path / "run" / "dense").exists()
+
+
+def test_workers_that_may_be_fewer_have_to_fit_only_then(head, small, tmp_path):
+    options = ("--config", small, "--run-dir", tmp_path / "run", "--finetune-workers", "2..4")
+    env = {**head.env, "RAY_ADDRESS": head.address}
+    ours = subprocess.Popen(command("run", *options), env=env, stdout=subprocess.PIPE, text=True)
+    try:
+        assert any("dense accuracy on val" in line for line in ours.stdout)
+    finally:
+        ours.terminate()
+        ours.wait(timeout=60)
+
+
+def test_a_node_that_joins_a_search_is_looked_at_before_it_is_given_trials(head, small, finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("trials", "finetune"))
+    options = ("--max-trials", 40, "--max-concurrent", 4)
+    env = {**head.env, "RAY_ADDRESS": head.address}
+    ours = subprocess.Popen(
+        command("search", run, *options), env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert any("trial 0 (" in line for line in ours.stdout)
+        with node_without(head, small.parent):
+            _, complained = ours.communicate(timeout=120)
+    finally:
+        ours.kill()
+    assert ours.returncode == 2, complained
+    assert complained.count("\n") == 1, complained
+    assert f"has nothing at data.path '{small.parent}'" in complained
+    log = TrialLog(RunStore(str(run)))
+    assert all(record.status == "finished" for record in log.finished.values())
+    assert len(log.finished) < 40
 
 
 HOLD = """

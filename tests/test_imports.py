@@ -21,7 +21,7 @@ NAMES_AND_SETTINGS = [
     *("trainables", "trainables.tasks", "trainables.settings", "trainables.locations", "trainables.devices"),
     *("trainables.intervals", "trainables.preflight"),
 ]
-RAY_FILES = {"trainables/pruning_trial.py", "trainables/long_finetune.py"}
+RAY_FILES = {"trainables/pruning_trial.py", "trainables/long_finetune.py", "trainables/train_requests.py"}
 
 
 def imported(node: ast.AST) -> Iterator[str]:

@@ -152,6 +152,44 @@ def test_sigterm_gives_the_run_up_before_anything_else_and_ends_as_ctrl_c_does(s
     assert not store.exists(Lease.NAME)
 
 
+@pytest.mark.parametrize("end", ["told to end", "overtaken"])
+def test_a_driver_that_swallows_its_interrupt_ends_all_the_same(store: RunStore, end: str) -> None:
+    program = (
+        "import sys, time\n"
+        "from dpt_search import lease\n"
+        "from dpt_search.store import RunStore\n"
+        "lease.END_SECONDS, lease.HEARTBEAT_SECONDS = 1.0, 0.1\n"
+        "with lease.Lease(RunStore(sys.argv[1])):\n"
+        "    for line in ('held', 'swallowed'):\n"
+        "        try:\n"
+        "            print(line, flush=True)\n"
+        "            while True:\n"
+        "                time.sleep(0.1)\n"
+        "        except KeyboardInterrupt:\n"
+        "            pass\n"
+    )
+    root = Path(__file__).parent.parent
+    with subprocess.Popen(
+        [sys.executable, "-c", program, store.location], cwd=root, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        if end == "told to end":
+            process.send_signal(signal.SIGTERM)
+        else:
+            # A beat that was under way may come after it once.
+            for _ in range(2):
+                write_holder(store, host="elsewhere")
+                time.sleep(0.5)
+        try:
+            assert process.communicate(timeout=30)[0] == "swallowed\n"
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    held = store.read_json(Lease.NAME)
+    assert held is None if end == "told to end" else held["host"] == "elsewhere"
+
+
 @pytest.mark.parametrize("host", [socket.gethostname(), "elsewhere"])
 def test_a_lease_without_a_heartbeat_for_long_is_taken_over(store: RunStore, host: str) -> None:
     write_holder(store, host=host, heartbeat=time.time() - lease.STALE_SECONDS - 1)

@@ -9,6 +9,7 @@ from optuna.samplers import RandomSampler
 from ray.exceptions import RayActorError
 from ray.tune.search import Searcher
 
+from dpt_search import demand
 from dpt_search.demand import Demand
 from dpt_search.lost import MOST_LOSSES, Losses, is_loss_of_node
 from dpt_search.run import Run
@@ -130,3 +131,15 @@ def test_on_one_machine_nothing_is_asked_for(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with Demand({"CPU": 1}, most=3) as demand:
         assert demand.room(left=1) == 3
+
+
+def test_a_probe_takes_room_on_one_machine_too_and_trials_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(demand, "capacity", lambda wanted: 2)
+    monkeypatch.setattr(demand, "LOOKED", 0.0)
+    left = [0, 0, 1, 2]
+    with Demand({"CPU": 1}, most=3, leaves=lambda workers: left.pop(0)) as asked:
+        asked.wait(left=9)
+        assert left == [2]
+        # It has ended: as many as the user wants, though some have to wait.
+        assert asked.room(left=9) == 3

@@ -20,6 +20,7 @@ from dpt_search.run import Run, configured_run
 from dpt_search.store import BadRun, RunStore
 from search_spaces.plan import Ranking
 from search_spaces.ratios import Cell
+from trainables.devices import DeviceName
 from trainables.settings import DataSettings, ModelSettings, Recipe
 from trainables.tasks import ProbeTask
 
@@ -118,15 +119,19 @@ class Beside(Calls):
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__(monkeypatch)
-        self.done, self.error = False, ""
-        monkeypatch.setattr(probe_stage, "begin", self.begin)
+        self.done, self.error, self.room = False, "", True
+        monkeypatch.setattr(probe_stage, "begin_in_own_room", self.begin)
 
     def begin(self, config: RunConfig, target: str, task: ProbeTask, cpus: float) -> Any:
         self.found = self(target, task, cpus)
         return self
 
-    def is_done(self) -> bool:
-        return self.done
+    def is_done(self, seconds: float = 0.0) -> bool:
+        # Waited for, it ends.
+        return self.done or bool(seconds)
+
+    def has_room(self) -> bool:
+        return self.room
 
     def value(self) -> Any:
         if self.error:
@@ -144,6 +149,26 @@ def test_beside_the_trials_it_is_taken_when_it_is_there(tmp_path: Path, monkeypa
     assert read_probe(run.store) is not None
     assert len(ProbeBeside.started(run, 2).hints()) == 1
     assert len(worker.tasks) == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "share", "of", "left"),
+    [("cpu", 1.0, 3, 2), ("cpu", 1.0, 1, 0), ("npu", 0.5, 4, 2), ("npu", 0.5, 2, 0), ("npu", 1.0, 8, 7)],
+)
+def test_it_goes_before_trials_and_leaves_them_the_room_that_it_does_not_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: DeviceName, share: float, of: int, left: int
+) -> None:
+    worker, run = Beside(monkeypatch), ranked(tmp_path, probe_epochs=3, device=device, devices_per_trial=share)
+    said: list[str] = []
+    run.say, worker.room = said.append, False
+    beside = ProbeBeside.started(run, 2)
+    assert beside.leaves(of) == 0
+    worker.room = True
+    assert [beside.leaves(of) for _ in range(3)] == [left] * 3
+    assert said.count("the probe has all the room there is: trials begin after it") == (left == 0)
+    worker.done = True
+    assert beside.leaves(of) == of
+    assert read_probe(run.store) is not None
 
 
 @pytest.mark.parametrize(("concurrent", "start"), [(1, "dense"), (2, "probe")])

@@ -11,14 +11,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import SIDE, encoded, write_image_folder, write_table
+from groups import in_a_group
 from PIL import Image
 
 from trainables.data import StreamedPixels, View, load_images
 from trainables.dense import read_weights
+from trainables.group import Group
 from trainables.long_finetune import finetune
 from trainables.settings import DataSettings, Recipe
 from trainables.tables import BadData, open_tables
 from trainables.tasks import FinetuneTask
+from trainables.workspace import Workspace
 
 VIEW = View((1, SIDE, SIDE), (0.4,), (0.25,), "bicubic", 1.0)
 
@@ -87,6 +90,24 @@ def test_images_are_streamed_where_their_cache_would_not_fit(tmp_path, monkeypat
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     # It is there already.
     assert isinstance(load_images(data, "train", VIEW, 0, may_stream=True).pixels, np.ndarray)
+
+
+def trained_with_little_room_for_one(group: Group, task: FinetuneTask) -> None:
+    if group.rank == 1:
+        shutil.disk_usage = lambda path: SimpleNamespace(free=1000)
+    finetune(task, lambda _: None, group)
+
+
+def test_workers_that_train_together_all_stream_where_one_of_them_has_to(tiny, tiny_data, tmp_path):
+    """The room is looked at while others may be using it, and what one decides later would differ."""
+    data = replace(tiny_data, cache_dir=str(tmp_path / "cache"))
+    recipe = Recipe(epochs=1, batch_size=32)
+    task = FinetuneTask(
+        tiny, data, 0, "cpu", 1, "zero", recipe, "attn:1", str(tmp_path / "run"), "inputs", workers=2, fewest=2
+    )
+    Workspace(task).images("val")
+    in_a_group(2, trained_with_little_room_for_one, task)
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
 
 
 def test_a_streamed_fine_tune_ends_with_the_weights_of_a_cached_one_and_leaves_no_cache(tiny, tiny_data, tmp_path):

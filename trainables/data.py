@@ -9,7 +9,7 @@ import hashlib
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -170,6 +170,7 @@ def load_images(
     limit: int = 0,
     may_read_test: bool = False,
     may_stream: bool = False,
+    agree: Callable[[bool], bool] = bool,
 ) -> ImageSet:
     """Return the images of a split, building the node's cache of decoded ones when it is not there yet.
 
@@ -181,6 +182,7 @@ def load_images(
         limit: class-balanced subset of this many images; 0 means all.
         may_read_test: said by export, bench and report alone.
         may_stream: there need be no cache, see `DataSettings.stream`.
+        agree: given whether this process would stream, returns whether all do that train together.
 
     Raises:
         BadData: the data cannot be used.
@@ -192,8 +194,8 @@ def load_images(
     if limit:
         indices = indices[balanced_subset(table.labels[indices], limit, seed)]
     path, shape = _cache_of(table, indices, view, Path(resolve(data.cache_dir)[1]))
-    fits = path.exists() or math.prod(shape) <= _room(path.parent)
-    if may_stream and (data.stream == "always" or (data.stream == "auto" and not fits)):
+    # Looked at before any of them builds: a cache that is half there leaves no room for itself.
+    if may_stream and agree(data.stream == "always" or (data.stream == "auto" and not _fits(path, shape))):
         return ImageSet(StreamedPixels(table, indices, view), table.labels[indices], view)
     return ImageSet(_cached_pixels(table, indices, view, shape, path), table.labels[indices], view)
 
@@ -217,6 +219,10 @@ def _cache_of(table: Table, indices: Indices, view: View, folder: Path) -> tuple
     key = hashlib.sha256(repr((table.identity, shape, view.interpolation)).encode() + indices.tobytes())
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{key.hexdigest()[:32]}.npy", shape
+
+
+def _fits(path: Path, shape: tuple[int, ...]) -> bool:
+    return path.exists() or math.prod(shape) <= _room(path.parent)
 
 
 def _room(folder: Path) -> float:

@@ -46,6 +46,10 @@ class Group:
             torch.distributed.all_reduce(tensor)
         return tensor
 
+    def any(self, own: bool, device: torch.device) -> bool:
+        """Say whether any worker says so; `device` is what they communicate on."""
+        return bool(self.sum(torch.tensor([own], dtype=torch.float32, device=device)).item())
+
     def keeping_gradients(self, model: torch.nn.Module, keep: bool) -> AbstractContextManager[object]:
         """Return the context of a backward pass whose gradients stay with this worker, until one without `keep`."""
         if keep and self.world > 1:

@@ -93,7 +93,15 @@ class Workspace:
         own = trained.state_dict()
         return {name: own[name].contiguous().cpu() for name in self.pruned(plan).state_dict()}
 
-    def images(self, split: str, limit: int = 0, *, may_read_test: bool = False, may_stream: bool = False) -> ImageSet:
+    def images(
+        self,
+        split: str,
+        limit: int = 0,
+        *,
+        may_read_test: bool = False,
+        may_stream: bool = False,
+        agree: Callable[[bool], bool] = bool,
+    ) -> ImageSet:
         """Return a split's images, or a fixed class-balanced subset of `limit` of them; see `load_images`.
 
         Raises:
@@ -103,7 +111,7 @@ class Workspace:
         if key not in self._sets:
             images = load_images(
                 self.task.data, split, self.view, self.task.seed, limit=limit, may_read_test=may_read_test,
-                may_stream=may_stream,
+                may_stream=may_stream, agree=agree,
             )  # fmt: skip
             self.check_labels(images.labels, split)
             self._sets[key] = images

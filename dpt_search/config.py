@@ -7,7 +7,7 @@ others may grow: more trials, other budgets, more workers, a longer fine-tune go
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from dpt_search.recipes import LATER_IN_RECIPES, adapt_recipe, finetune_recipe, worker_range, wrong_with
@@ -18,12 +18,7 @@ from trainables.devices import DeviceName
 from trainables.settings import DataSettings, ModelSettings, Recipe
 from trainables.tasks import FORMATS
 
-_RECIPES = ("adapt", "trial", "finetune")
 SAMPLER_NAMES = ("map", "tpe", "gp", "cmaes", "qmc", "random", "grid")
-
-
-PROBE_TRIALS = 2
-"""Epochs of the probe per epoch of a trial: what it costs is so in proportion to what it helps to choose."""
 
 
 class BadConfig(BadInput):
@@ -71,8 +66,8 @@ class RunConfig:
     """Measure speed, here, near limits and at the end, of models as torch.compile makes them; needs a compiler."""
     sampler: Literal["map", "tpe", "gp", "cmaes", "qmc", "random", "grid"] = "map"
     """Who proposes trials: map is this product's own, the others are Optuna's."""
-    probe_epochs: int | None = None
-    """Epochs of the probe, which gives cells a cheap accuracy early; left out: twice a trial's; 0: no probe."""
+    probe_epochs: int = 2
+    """Epochs of the elastic probe, which gives every cell a cheap accuracy beside the first trials; 0 leaves it out."""
     probe_lr: float = 0.0
     """Peak learning rate of the probe at batch size 512; 0: that of a trial."""
     probe_draw: Literal["uniform", "line"] = "uniform"
@@ -131,11 +126,6 @@ class RunConfig:
     def chosen_budget(self) -> Budget:
         """The budget whose recommendation is fine-tuned."""
         return parse_budgets(self.finetune_budget)[0] if self.finetune_budget else self.budgets[-1]
-
-    @property
-    def probing_epochs(self) -> int:
-        """Epochs of the elastic probe; 0 where there is none."""
-        return PROBE_TRIALS * self.trial.epochs if self.probe_epochs is None else self.probe_epochs
 
     @property
     def workers(self) -> tuple[int, int]:
@@ -204,7 +194,7 @@ def check(config: RunConfig) -> None:
     _check_numbers(config)
     if any(batch < 1 for batch in config.timing_batches) or not config.timing_batches:
         raise BadConfig("timing_batches needs at least one batch size, each at least 1")
-    if config.start == "probe" and not config.probing_epochs:
+    if config.start == "probe" and not config.probe_epochs:
         raise BadConfig("start is 'probe', but probe_epochs is 0: there would be no weights to start from")
     if config.model.new_head and not config.adapt.epochs:
         raise BadConfig("model.new_head starts an untrained classifier: train it first with --adapt-epochs")
@@ -217,11 +207,12 @@ def check(config: RunConfig) -> None:
 
 
 def _check_recipes(config: RunConfig) -> None:
-    for name in _RECIPES:
+    for name in ("adapt", "trial", "finetune"):
         recipe: Recipe = getattr(config, name)
         if not recipe.epochs:
             continue
-        if wrong := wrong_with(recipe, 1 if name == "trial" else config.workers[1], config.attention):
+        wrong = wrong_with(recipe, 1 if name == "trial" else config.workers[1], config.attention)
+        if wrong:
             raise BadConfig(f"{name}.{wrong}")
         if config.data.subset and name == "trial" and config.data.subset < recipe.batch_size:
             raise BadConfig(
@@ -233,18 +224,25 @@ def _check_numbers(config: RunConfig) -> None:
     for name, value in _flat(asdict(config)).items():
         if not isinstance(value, int | float):
             continue
-        if not value >= (low := _LOWEST.get(name, 0)):
+        low = _LOWEST.get(name, 0)
+        if not value >= low:
             raise BadConfig(f"{name} is {value}, but must be at least {low}")
         if name.rpartition(".")[2] in _SHARES and value > 1:
             raise BadConfig(f"{name} is {value}, but must be at most 1")
 
 
 _LOWEST: dict[str, float] = {
-    **dict.fromkeys(("max_trials", "max_failures", "cpus_per_trial", "checkpoint_every", "checkpoints"), 1),
-    **dict.fromkeys(("rank_batches", "trial.epochs", "finetune.epochs"), 1),
-    **{f"{recipe}.{name}": 1 for recipe in _RECIPES for name in ("batch_size", "repeated_augmentation")},
-    **{f"{recipe}.temperature": 0.01 for recipe in _RECIPES},
+    "max_trials": 1,
+    "max_failures": 1,
+    "cpus_per_trial": 1,
     "devices_per_trial": 0.01,
+    "checkpoint_every": 1,
+    "checkpoints": 1,
+    "rank_batches": 1,
+    **{f"{recipe}.epochs": 1 for recipe in ("trial", "finetune")},
+    **{f"{recipe}.batch_size": 1 for recipe in ("adapt", "trial", "finetune")},
+    **{f"{recipe}.repeated_augmentation": 1 for recipe in ("adapt", "trial", "finetune")},
+    **{f"{recipe}.temperature": 0.01 for recipe in ("adapt", "trial", "finetune")},
 }
 """Smallest values; of a number that is not here, 0."""
 
@@ -259,7 +257,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
     lines = probe and (config.probe_draw == "line" or config.probe_sandwich)
     return {
         name: value
-        for name, value in _flat(asdict(replace(config, probe_epochs=config.probing_epochs))).items()
+        for name, value in _flat(asdict(config)).items()
         if not name.startswith(_GROWING)
         or (probe and name.startswith("probe_") and name != "probe_cells")
         or (lines and name in ("budget", "max_attn", "max_act"))
@@ -277,8 +275,6 @@ def check_same_run(recorded: dict[str, Any], config: RunConfig) -> None:
         BadConfig: an identity field differs, naming it.
     """
     before = {**LATER, **_flat(recorded)}
-    if before.get("probe_epochs", 0) is None:
-        before["probe_epochs"] = PROBE_TRIALS * before["trial.epochs"]
     for name, value in identity(config).items():
         if name in before and before[name] != value:
             raise BadConfig(

@@ -23,7 +23,7 @@ from trainables.tasks import ProbeTask
 
 def probe(run: Run) -> None:
     """Train the shared weights and evaluate cells with them, where the configuration has a probe."""
-    if not run.config.probing_epochs:
+    if not run.config.probe_epochs:
         run.say("probe: left out (probe_epochs is 0)")
         return
     task = probe_task(run)
@@ -37,7 +37,7 @@ def probe(run: Run) -> None:
 
 def has_probe(config: RunConfig) -> bool:
     """Say whether a search of this configuration has a probe: for its hint, or for weights to start from."""
-    return bool(config.probing_epochs) and (config.sampler == "map" or config.start == "probe")
+    return bool(config.probe_epochs) and (config.sampler == "map" or config.start == "probe")
 
 
 def is_missing(run: Run) -> bool:
@@ -155,7 +155,7 @@ def probe_task(run: Run) -> ProbeTask:
         **run.task(config.cpus_per_trial),
         recipe=replace(
             config.trial,
-            epochs=config.probing_epochs,
+            epochs=config.probe_epochs,
             lr=config.probe_lr or config.trial.lr,
             distillation="soft",
             compile=False,

@@ -234,19 +234,6 @@ def test_what_the_shared_weights_are_trained_on_may_not_change_under_trials_that
     check_same_run(asdict(uniform), replace(uniform, budget="units=2", probe_cells=7))
 
 
-def test_a_probe_has_twice_the_epochs_of_a_trial_unless_its_own_are_given() -> None:
-    assert read("run", "--trial-epochs=5").probing_epochs == 10
-    assert read("run", "--trial-epochs=5", "--probe-epochs=3").probing_epochs == 3
-    assert read("run", "--trial-epochs=5", "--probe-epochs=0").probing_epochs == 0
-    derived = replace(BASE, start="probe")
-    given = replace(derived, probe_epochs=derived.probing_epochs)
-    check_same_run(asdict(given), derived)
-    check_same_run(asdict(derived), given)
-    assert identity(given) == identity(derived)
-    with pytest.raises(BadConfig, match="probe_epochs"):
-        check_same_run(asdict(derived), replace(given, probe_epochs=1 + derived.probing_epochs))
-
-
 def test_formats_are_written_in_their_own_order_and_others_are_refused() -> None:
     assert replace(BASE, export_formats="onnx, safetensors").formats == ("safetensors", "onnx")
     for text in ("pt2,onnx", "safetensors,tflite", ""):

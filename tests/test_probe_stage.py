@@ -13,7 +13,7 @@ import pytest
 
 from dpt_search import probe_stage
 from dpt_search.config import BadConfig, RunConfig
-from dpt_search.probe_stage import ProbeBeside, has_probe, is_missing, probe, probe_task
+from dpt_search.probe_stage import ProbeBeside, is_missing, probe, probe_task
 from dpt_search.probe_table import read_probe
 from dpt_search.remote import StageFailed
 from dpt_search.run import Run, configured_run
@@ -99,12 +99,6 @@ def test_its_recipe_is_a_trials_with_its_own_length_and_learning_rate(tmp_path: 
     own = probe_task(ranked(tmp_path, probe_epochs=3, probe_lr=0.5, probe_draw="line", probe_cells=7))
     assert (own.recipe.lr, own.draw, own.lines, len(own.cells)) == (0.5, "line", LINES, 7)
     assert set(own.cells) <= {Cell(0, 0), *(cell for line in LINES for cell in line)}
-
-
-def test_it_is_twice_as_long_as_a_trial(tmp_path: Path) -> None:
-    run = ranked(tmp_path, probe_epochs=None, trial=Recipe(epochs=3))
-    assert probe_task(run).recipe.epochs == 6
-    assert has_probe(run.config)
 
 
 def test_what_is_missing_or_broken_is_said(tmp_path: Path) -> None:

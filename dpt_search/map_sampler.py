@@ -172,8 +172,7 @@ class MapSampler(BaseSampler):
         lines = [np.searchsorted(asked, line) for line in self._lines]
         # Not of the averaged beliefs: where models differ widely, as about cliffs, their difference would pass for
         # something that a trial may turn out to be, and trials of hopeless cells for the most valuable ones.
-        gain = sum(weight * _gain(beliefs, lines) for weight, beliefs in models)
-        worth = np.asarray(gain) / self._costs[asked]
+        worth = _gain(models, lines) / self._costs[asked]
         if worth.max() * self._costs.max() > _INDIFFERENT:
             return worth
         # Nothing is expected to change a decision: look where the feasible cells are least known.
@@ -190,10 +189,21 @@ class MapSampler(BaseSampler):
         return self._index.get(Cell(*counts)) if min(counts) >= 0 else None
 
 
-def _gain(beliefs: Posterior, lines: Sequence[np.ndarray]) -> Array:
-    """Return the knowledge gradient of one trial of every cell, summed over the lines, [cells]."""
-    slopes = beliefs.covariance / np.sqrt(np.diag(beliefs.covariance) + beliefs.noise**2)[:, None]
-    return np.sum([knowledge_gradient(beliefs.mean[line], slopes[:, line]) for line in lines], axis=0)
+def _gain(models: Sequence[tuple[float, Posterior]], lines: Sequence[np.ndarray]) -> Array:
+    """Return the knowledge gradient of one trial of every cell, summed over lines, averaged over models, [cells]."""
+    weights = np.array([weight for weight, _ in models])
+    means = np.stack([beliefs.mean for _, beliefs in models])
+    slopes = np.stack([_slopes(beliefs) for _, beliefs in models])
+    found = np.zeros(slopes.shape[:2])
+    for line in lines:
+        each = np.repeat(means[:, line], slopes.shape[1], axis=0)
+        found += knowledge_gradient(each, slopes[:, :, line].reshape(each.shape)).reshape(found.shape)
+    return np.asarray(weights @ found)
+
+
+def _slopes(beliefs: Posterior) -> Array:
+    """Return the change of every posterior mean per standard deviation of each cell's next trial, [cells, cells]."""
+    return np.asarray(beliefs.covariance / np.sqrt(np.diag(beliefs.covariance) + beliefs.noise**2)[:, None])
 
 
 def initial_design(space: RatioSpace, budgets: Sequence[Goal]) -> list[Cell]:

@@ -162,12 +162,12 @@ def parts(found: Case, repeats: int) -> dict[str, float]:
     learnt = [model.fit(data)[0] for model in models]
     asked = np.union1d(sampler._feasible, pending)
     running = np.searchsorted(asked, pending)
-    beliefs = sampler._blend.posterior(data, asked)
-    expected = beliefs.with_pending(running)
+    beliefs = sampler._blend.by_model(data, asked)
+    expected = [(weight, each.with_pending(running)) for weight, each in beliefs]
     worked = {
         "fit": lambda: sampler._blend.fit(data),
         "posterior": lambda: [model.posterior(data, hyper, asked) for model, hyper in zip(models, learnt, strict=True)],
-        "pending": lambda: beliefs.with_pending(running),
+        "pending": lambda: [each.with_pending(running) for _, each in beliefs],
         "knowledge gradient": lambda: sampler._worth(expected, asked),
     }
     return {name: 1e3 * statistics.median(clocked(work)[1] for _ in range(repeats)) for name, work in worked.items()}

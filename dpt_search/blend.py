@@ -46,8 +46,8 @@ class Blend:
             found.append(model.fit(data, None if model.hinted else found[0][0]))
         return found
 
-    def posterior(self, data: Data, cells: np.ndarray | None = None) -> Posterior:
-        """Return the posterior of all cells, or of some.
+    def by_model(self, data: Data, cells: np.ndarray | None = None) -> list[tuple[float, Posterior]]:
+        """Return each model's weight and its posterior of all cells, or of some; models of little weight are left out.
 
         Args:
             data: at least one observation.
@@ -56,11 +56,20 @@ class Blend:
         found = self.fit(data)
         weights = _normalised(self._prior + np.array([evidence for _, evidence in found]))
         weights = np.where(weights < NEGLIGIBLE, 0.0, weights) / weights[weights >= NEGLIGIBLE].sum()
-        counted = [
+        return [
             (float(weight), model.posterior(data, hyper, cells))
             for weight, model, (hyper, _) in zip(weights, self.models, found, strict=True)
             if weight
         ]
+
+    def posterior(self, data: Data, cells: np.ndarray | None = None) -> Posterior:
+        """Return the averaged posterior of all cells, or of some.
+
+        Args:
+            data: at least one observation.
+            cells: [k] indices of the cells asked about; None for all.
+        """
+        counted = self.by_model(data, cells)
         mean = np.sum([weight * each.mean for weight, each in counted], axis=0)
         covariance = np.zeros((len(mean), len(mean)))
         for weight, each in counted:

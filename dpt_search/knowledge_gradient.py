@@ -22,33 +22,34 @@ def knowledge_gradient(mean: Array, slopes: Array) -> Array:
     upper envelope of the lines gives the expectation in closed form.
 
     Args:
-        mean: [m] posterior means of the alternatives.
+        mean: [m] posterior means of the alternatives, or [c, m] where candidates are of different beliefs.
         slopes: [c, m] change of every posterior mean per standard deviation of each candidate's outcome.
 
     Returns:
         [c], never negative.
     """
     # A negative outcome of a candidate is a positive one of its mirror image.
-    upwards = _upwards(mean, np.concatenate([slopes, -slopes]))
+    mean = np.broadcast_to(mean, slopes.shape)
+    upwards = _upwards(np.concatenate([mean, mean]), np.concatenate([slopes, -slopes]))
     return upwards[: len(slopes)] + upwards[len(slopes) :]
 
 
 def _upwards(mean: Array, slopes: Array) -> Array:
     """Return the part of positive outcomes, [c]: the envelope from the best mean on, breakpoint by breakpoint."""
     total = np.zeros(len(slopes))
-    rows, top = np.arange(len(slopes)), np.full(len(slopes), mean.argmax())
+    rows, top = np.arange(len(slopes)), mean.argmax(axis=1)
     # Every step is to a steeper line, so a candidate takes fewer steps than there are alternatives.
     while len(rows):
         each = np.arange(len(rows))
         rise = slopes - slopes[each, top][:, None]
-        drop = mean[top][:, None] - mean
+        drop = mean[each, top][:, None] - mean
         with np.errstate(over="ignore"):
             crossing = np.divide(drop, rise, out=np.full(rise.shape, np.inf), where=rise > 0)
         following = crossing.argmin(axis=1)
         distance = crossing[each, following]
         on = distance < _NEVER
         total[rows[on]] += rise[each, following][on] * _expected_excess(distance[on])
-        rows, slopes, top = rows[on], slopes[on], following[on]
+        rows, mean, slopes, top = rows[on], mean[on], slopes[on], following[on]
     return total
 
 

@@ -29,11 +29,11 @@ _INDIFFERENT = 1e-9
 class MapSampler(BaseSampler):
     """Proposes the feasible cell whose trial is worth most to the decisions asked for, per unit of cost.
 
-    The worth is the knowledge gradient summed over the budgets, under the blend of polynomial, hints and observations
-    (see `posterior` and `blend`). Trials that still run count as if they ended as predicted, those of other workers
-    that have no cell yet as if they were given theirs now. The study's objective is the accuracy, to be maximised, or a
-    loss, to be minimised; an infinite one counts as a failure. Its parameters are `n_attn` and `n_act`; others are left
-    to chance.
+    The worth is the knowledge gradient summed over the budgets, averaged over the models of the blend of polynomial,
+    hints and observations (see `posterior` and `blend`). Trials that still run count as if they ended as predicted,
+    those of other workers that have no cell yet as if they were given theirs now. The study's objective is the
+    accuracy, to be maximised, or a loss, to be minimised; an infinite one counts as a failure. Its parameters are
+    `n_attn` and `n_act`; others are left to chance.
 
     A proposal is a function of the trials of the study and of the hints alone: no randomness, no state of its own.
     """
@@ -144,9 +144,10 @@ class MapSampler(BaseSampler):
         cells, accuracies = (np.array(values) for values in zip(*done, strict=True))
         pending = np.array(running, dtype=np.int64)
         asked = np.union1d(self._feasible, pending)
-        beliefs = self._blend.posterior(Data.of(cells, accuracies), asked)
+        where = np.searchsorted(asked, pending)
+        models = self._blend.by_model(Data.of(cells, accuracies), asked)
         worth = np.full(len(self._cells), -np.inf)
-        worth[asked] = self._worth(beliefs.with_pending(np.searchsorted(asked, pending)), asked)
+        worth[asked] = self._worth([(weight, beliefs.with_pending(where)) for weight, beliefs in models], asked)
         worth[[cell for cell in failed if cell not in succeeded]] = -np.inf
         others = worth.copy()
         others[pending] = -np.inf
@@ -161,18 +162,23 @@ class MapSampler(BaseSampler):
         if not same:
             self._blend, self._known = Blend(ratios(self._space), self._degree, hints), hints
 
-    def _worth(self, beliefs: Posterior, asked: np.ndarray) -> Array:
-        """Return the value of one trial of every cell asked about per unit of cost; `beliefs` are about these."""
-        slopes = beliefs.covariance / np.sqrt(np.diag(beliefs.covariance) + beliefs.noise**2)[:, None]
+    def _worth(self, models: Sequence[tuple[float, Posterior]], asked: np.ndarray) -> Array:
+        """Return the value of one trial of every cell asked about per unit of cost, averaged over the models.
+
+        Args:
+            models: each one's weight and its beliefs about the cells asked about.
+            asked: [k] indices of these cells.
+        """
         lines = [np.searchsorted(asked, line) for line in self._lines]
-        gain = sum(knowledge_gradient(beliefs.mean[line], slopes[:, line]) for line in lines)
-        worth = np.asarray(gain) / self._costs[asked]
+        # Not of the averaged beliefs: where models differ widely, as about cliffs, their difference would pass for
+        # something that a trial may turn out to be, and trials of hopeless cells for the most valuable ones.
+        worth = _gain(models, lines) / self._costs[asked]
         if worth.max() * self._costs.max() > _INDIFFERENT:
             return worth
         # Nothing is expected to change a decision: look where the feasible cells are least known.
-        unsure = np.zeros(len(asked))
+        variances, unsure = sum(weight * beliefs.sd**2 for weight, beliefs in models), np.zeros(len(asked))
         for line in lines:
-            unsure[line] = beliefs.sd[line]
+            unsure[line] = np.sqrt(variances)[line]
         return unsure
 
     def _cell_index(self, trial: FrozenTrial) -> int | None:
@@ -181,6 +187,23 @@ class MapSampler(BaseSampler):
             return None
         counts = [int(trial.params[name]) for name in PARAMETERS]
         return self._index.get(Cell(*counts)) if min(counts) >= 0 else None
+
+
+def _gain(models: Sequence[tuple[float, Posterior]], lines: Sequence[np.ndarray]) -> Array:
+    """Return the knowledge gradient of one trial of every cell, summed over lines, averaged over models, [cells]."""
+    weights = np.array([weight for weight, _ in models])
+    means = np.stack([beliefs.mean for _, beliefs in models])
+    slopes = np.stack([_slopes(beliefs) for _, beliefs in models])
+    found = np.zeros(slopes.shape[:2])
+    for line in lines:
+        each = np.repeat(means[:, line], slopes.shape[1], axis=0)
+        found += knowledge_gradient(each, slopes[:, :, line].reshape(each.shape)).reshape(found.shape)
+    return np.asarray(weights @ found)
+
+
+def _slopes(beliefs: Posterior) -> Array:
+    """Return the change of every posterior mean per standard deviation of each cell's next trial, [cells, cells]."""
+    return np.asarray(beliefs.covariance / np.sqrt(np.diag(beliefs.covariance) + beliefs.noise**2)[:, None])
 
 
 def initial_design(space: RatioSpace, budgets: Sequence[Goal]) -> list[Cell]:

@@ -166,3 +166,18 @@ def test_a_single_trial_does_not_blur_what_a_hint_knows():
         seen = observe(quadratic(seed + 100), 1, 0.003, seed)
         lost.append(regret(hint, Blend(POINTS, hints=[Hint(hint, trust=PROBE_TRUST)]).posterior(seen).mean))
     assert np.mean(lost) < 0.0025
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_trial_is_spent_on_a_cell_that_every_model_knows_to_be_hopeless(seed):
+    table = read_table(str(FOLDER / "fashion_mnist.parquet"))
+    truth, cells, budgets = table.accuracies.mean(axis=1), list(SPACE), unit_goals(SPACE, *range(4, 21, 2))
+    assert cells == table.cells
+    best = [max(truth[i] for i, cell in enumerate(cells) if cell.total == total) for total in range(25)]
+    hint = Hint(truth + 0.005 * np.random.default_rng(seed).standard_normal(len(truth)), trust=PROBE_TRUST)
+    sampler, done = MapSampler(SPACE, budgets, hints=lambda: [hint]), []
+    for _ in range(6):
+        index = sampler.next_cell(done, [])
+        done.append((index, float(table.accuracies[index, seed % 3])))
+        # Without any attention the accuracy is 10 %.
+        assert truth[index] > best[cells[index].total] - 0.15

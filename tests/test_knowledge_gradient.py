@@ -62,3 +62,11 @@ def test_a_long_envelope():
 
 def test_a_breakpoint_beyond_all_outcomes_is_worth_nothing():
     assert knowledge_gradient(np.array([0.1, 0.0]), np.array([[0.0, 0.0025], [0.0025, 0.0]])).tolist() == [0.0, 0.0]
+
+
+@given(seed=st.integers(0, 10_000))
+def test_candidates_of_different_beliefs_are_worth_what_each_is_alone(seed):
+    generator = np.random.default_rng(seed)
+    means, slopes = generator.normal(size=(4, 7)), generator.normal(size=(4, 7))
+    alone = [knowledge_gradient(mean, slope[None])[0] for mean, slope in zip(means, slopes, strict=True)]
+    np.testing.assert_allclose(knowledge_gradient(means, slopes), alone, atol=1e-12)

@@ -1,6 +1,6 @@
 """Should trials, and the long fine-tune, start from the dense model's weights or from the probe's?
 
-    dpt-search dense --config benchmarks/tables/cifar10.yaml      # so too profile, rank and probe; once for each table
+    dpt-search dense runs/cifar10 --config benchmarks/tables/cifar10.yaml     # so too profile, rank and probe
     python benchmarks/start_worth.py runs/cifar10 [--cells 16] [--seeds 2] [--long-cells 4] [--long-seeds 2]
 
 The run has its dense model, ranking and probe done. Well-spread cells of its budgets are trained as its trials are,
@@ -140,8 +140,8 @@ def trained(run: Run, job: Job, plan: PruningPlan, seed: int, start: str) -> dic
     Raises:
         BadInput: it failed.
     """
-    number = zlib.crc32(f"{plan} {job.name} {job.recipe.epochs} {seed} {start}".encode()) >> 1
-    name = f"start_worth/{plan.cell.n_attn}-{plan.cell.n_act}-{job.name}-{job.recipe.epochs}-{seed}-{start}.json"
+    number = zlib.crc32(f"{plan} {job.recipe} {job.data.subset} {seed} {start}".encode()) >> 1
+    name = f"start_worth/{job.name}-{plan.cell.n_attn}-{plan.cell.n_act}-{seed}-{start}-{number:08x}.json"
     if not run.store.exists(name):
         weights = STARTS[start] and run.store.path(STARTS[start])
         states = run.store.path("start_worth/states")

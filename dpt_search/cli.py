@@ -116,12 +116,20 @@ def _do(config: Any, only: str = "") -> None:
         from dpt_search.stages import STAGES, WHOLE
 
         say(f"run directory {run.store.root if run.store.is_local else config.run_dir}")
-        run.finetunes = only in ("", "finetune", "baseline") or (only == "dense" and config.adapt.epochs > 0)
+        run.finetunes = _trains(config, only, run.store)
         for name in (only,) if only else WHOLE:
             STAGES[name](run)
         if not only:
             print(f"\n{stage_times(run.store)}\n\n{result_table(run.store)}\n")
             print(f"report: {run.store.path('report.html')}")
+
+
+def _trains(config: Any, only: str, store: Any) -> bool:
+    """Say whether long training, whose workers have to fit, is still to come: of one stage, or of the whole run."""
+    results = {"finetune": "finetune/finetune.json", "dense": "dense/dense.json" if config.adapt.epochs else ""}
+    results["baseline"] = "baseline/baseline.json" if config.baseline else ""
+    asked = [only] if only else list(results)
+    return any(results[name] and not store.exists(results[name]) for name in asked if name in results)
 
 
 def _report(argv: list[str]) -> int:

@@ -60,7 +60,7 @@ class Demand:
         return min(self._most, self._free)
 
     def wait(self, left: int) -> None:
-        """Wait until there is room for a worker, which a probe may not leave: Tune fails where it long has no trial."""
+        """Wait until a probe leaves room for a worker: Tune fails where its first trial is long in coming."""
         while not self.room(left):
             time.sleep(LOOKED)
 

@@ -200,12 +200,12 @@ def _value(argv: list[str], name: str) -> str | None:
 
 
 def _positional(argv: list[str]) -> str | None:
-    """Return the first argument that is neither an option nor the value of one; every option has a value."""
+    """Return the first argument that is neither an option nor the value of one; all but one have a value."""
     position = 0
     while position < len(argv):
         if not argv[position].startswith("-"):
             return argv[position]
-        position += 1 if "=" in argv[position] else 2
+        position += 1 if "=" in argv[position] or argv[position] == "--print_config" else 2
     return None
 
 

@@ -21,6 +21,8 @@ from trainables.devices import DEVICES
 from trainables.preflight import sees, versions
 from trainables.tasks import LookTask
 
+AGAIN_SECONDS = 5.0
+"""Time after which a node that has just joined is looked at again before it is refused."""
 PATIENCE_SECONDS = 20.0
 """How long nothing may be coming that could hold a trial; an autoscaler looks every five seconds."""
 ANSWER_SECONDS = 10.0
@@ -73,7 +75,7 @@ class Preflight:
         if is_cluster():
             new = [name for name in nodes_that_fit(wanted) if (store.location, name) not in self._seen]
             if new:
-                self._seen |= {(store.location, name) for name in self._check_nodes(config, store, new)}
+                self._seen |= {(store.location, name) for name in self._check_twice(config, store, new)}
 
     def check_workers(self, config: RunConfig, say: Callable[[str], None]) -> None:
         """Look whether the workers of the long fine-tune will fit, as far as that can be seen before any is needed.
@@ -86,6 +88,16 @@ class Preflight:
         if is_cluster() and asked not in self._placed:
             _await_workers(config, each, say)
             self._placed.append(asked)
+
+    def _check_twice(self, config: RunConfig, store: RunStore, nodes: list[str]) -> list[str]:
+        """Look at nodes, at those that have just joined a second time before they end the run: mounts may come late."""
+        try:
+            return self._check_nodes(config, store, nodes)
+        except (BadConfig, BadRun):
+            if not self._seen:
+                raise
+        time.sleep(AGAIN_SECONDS)
+        return self._check_nodes(config, store, nodes)
 
     def _check_nodes(self, config: RunConfig, store: RunStore, nodes: list[str]) -> list[str]:
         """Look at nodes, and return those that could be looked at."""
@@ -187,5 +199,5 @@ def _await_workers(config: RunConfig, each: dict[str, float], say: Callable[[str
     fewer = f"--finetune-workers {held}, or 1..{config.workers[1]} for as many as there are, " if held else ""
     raise BadConfig(
         f"finetune_workers is {config.finetune_workers}, but the cluster has room for {held} workers of {shape(each)} "
-        f"and does not grow: set {fewer}smaller cpus_per_trial, or add nodes"
+        f"and did not begin to grow when one more was asked for: set {fewer}smaller cpus_per_trial, or add nodes"
     )

@@ -60,6 +60,7 @@ class ProbeBeside:
         pending: the call, while it is under way.
         since: when it began, on the monotonic clock.
         waiting: says why it has no room, while it has none.
+        placed: whether it has ever had room.
         told: whether it was said that trials wait for it.
     """
 
@@ -68,6 +69,7 @@ class ProbeBeside:
     pending: Pending | None = None
     since: float = 0.0
     waiting: Waiting | None = None
+    placed: bool = False
     told: bool = False
 
     @classmethod
@@ -106,11 +108,13 @@ class ProbeBeside:
         if self.pending is None:
             return workers
         if not self._has_room():
-            return 0
+            # One whose node was lost waits as any trial does: Tune keeps the place of the last trial for the next one,
+            # so trials that waited for it might keep it from there for ever.
+            return workers if self.placed else 0
         wanted, trial = self.run.finetune_resources, self.run.resources
         left = max(0, workers - math.ceil(max(wanted[name] / amount for name, amount in trial.items() if amount)))
         if not left and not self.told:
-            self.run.say("the probe has all the room there is: trials begin after it")
+            self.run.say("the probe has all the room there is: trials begin after it, or when there is more")
             self.told = True
         return left
 
@@ -119,6 +123,8 @@ class ProbeBeside:
         assert self.pending is not None
         assert self.waiting is not None
         if self.pending.has_room():
+            self.placed = True
+            self.waiting.runs()
             return True
         self.waiting.look()
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from dpt_search.progress import EpochLines
@@ -75,7 +76,9 @@ def _keep_requests_on_head() -> None:
         head = [
             node["NodeID"] for node in ray.nodes() if node["Alive"] and "node:__internal_head__" in node["Resources"]
         ]
-        call_on("trainables.train_requests:keep_here", dict.fromkeys(head, ()))
+        # Without it the run is as good; a node may stay for longer than it is of use.
+        with suppress(StageFailed):
+            call_on("trainables.train_requests:keep_here", dict.fromkeys(head, ()))
 
 
 def _workers(run: Run) -> tuple[int, int]:

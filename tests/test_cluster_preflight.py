@@ -119,7 +119,7 @@ def test_a_fine_tune_whose_workers_cannot_fit_is_refused_before_anything_is_trai
     assert not (tmp_path / "run" / "dense").exists()
 
 
-def test_workers_that_may_be_fewer_have_to_fit_only_then(head, small, tmp_path):
+def test_of_workers_that_may_be_fewer_only_the_fewest_have_to_fit(head, small, tmp_path):
     options = ("--config", small, "--run-dir", tmp_path / "run", "--finetune-workers", "2..4")
     env = {**head.env, "RAY_ADDRESS": head.address}
     ours = subprocess.Popen(command("run", *options), env=env, stdout=subprocess.PIPE, text=True)

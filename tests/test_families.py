@@ -242,7 +242,7 @@ def test_a_merged_model_compiles_in_one_piece(row, attention):
     merged = family_of(model).merge(family_of(model).remove(model, some, attention)).eval()
     for block in merged.modules():
         if isinstance(block, Left):
-            # Never called before, as in a profile of compiled models.
+            # Never called before, as in a profile: what a first call works out (under a lock, in 3.11) is not there.
             block.form = replace(block.form)
     torch.compiler.reset()
     # Without a compiler: what torch would give to one, refused if it is more than one graph.

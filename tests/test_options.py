@@ -27,6 +27,16 @@ def test_the_printed_configuration_is_that_of_the_run(tmp_path: Path, capsys: py
     assert read("run", "--config", str(tmp_path / "mine.yaml")) == read("run", "--max-trials", "3")
 
 
+def test_what_is_printed_of_a_run_directory_is_its_own_wherever_the_flag_stands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    RunStore(str(tmp_path)).write_json("run.json", {"config": recorded(replace(BASE, max_trials=77))})
+    for argv in (["--print-config", str(tmp_path)], [str(tmp_path), "--print-config"]):
+        with pytest.raises(SystemExit):
+            read("search", *argv)
+        assert "max_trials: 77" in capsys.readouterr().out
+
+
 def test_a_named_model_has_nothing_of_the_embedded_example() -> None:
     config = read("run", "--model.name", "deit_tiny_patch16_224", "--data.path=cifar10")
     assert config == RunConfig(ModelSettings("deit_tiny_patch16_224"), DataSettings("cifar10"))

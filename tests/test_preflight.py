@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from dpt_search import preflight, waiting
+from dpt_search.cli import _trains
 from dpt_search.config import BadConfig, RunConfig
 from dpt_search.holdings import Holdings
 from dpt_search.preflight import Preflight, check_place
+from dpt_search.store import RunStore
 from dpt_search.waiting import Waiting
 from trainables import preflight as on_node
 from trainables.preflight import look
@@ -160,3 +162,46 @@ def test_nothing_is_told_while_something_runs_or_nothing_waits(clock: list[float
         busy.look()
         idle.look()
     assert lines == []
+
+
+def test_the_fine_tunes_workers_have_to_fit_while_one_is_to_come(tmp_path: Path) -> None:
+    store, config = RunStore(str(tmp_path)), RunConfig()
+    assert _trains(config, "", store)
+    assert not _trains(config, "search", store)
+    store.write_json("finetune/finetune.json", {})
+    assert not _trains(config, "", store)
+    assert not _trains(config, "finetune", store)
+    assert _trains(replace(config, baseline=True), "", store)
+    assert _trains(replace(config, adapt=replace(config.adapt, epochs=3)), "dense", store)
+
+
+def test_a_node_that_has_just_joined_is_looked_at_twice_before_it_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked, nodes = [], ["first"]
+
+    def look_at(self: Preflight, config: RunConfig, store: RunStore, new: list[str]) -> list[str]:
+        looked.append(new)
+        if new == ["late"] and looked.count(new) < 2:
+            raise BadConfig("not there")
+        if new == ["bad"]:
+            raise BadConfig("not there")
+        return new
+
+    monkeypatch.setattr(Preflight, "_check_nodes", look_at)
+    monkeypatch.setattr(preflight, "AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(preflight, "is_cluster", lambda: True)
+    monkeypatch.setattr(preflight, "_await_room", lambda config, wanted, say: None)
+    monkeypatch.setattr(preflight, "nodes_that_fit", lambda wanted: nodes)
+    check, store = Preflight(), RunStore(str(tmp_path))
+    check.check(RunConfig(), store, print)
+    nodes.append("late")
+    check.check(RunConfig(), store, print)
+    nodes.append("bad")
+    with pytest.raises(BadConfig):
+        check.check(RunConfig(), store, print)
+    assert looked == [["first"], ["late"], ["late"], ["bad"], ["bad"]]
+    with pytest.raises(BadConfig):
+        nodes[:] = ["bad"]
+        Preflight().check(RunConfig(), store, print)
+    assert len(looked) == 6

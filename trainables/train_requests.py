@@ -8,8 +8,10 @@ def keep_here() -> None:
     would never idle again.
     """
     try:
-        from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as coordinator
+        from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+            get_or_create_autoscaling_coordinator,
+        )
     except ImportError:
         # A version of Ray that has no such actor.
         return
-    coordinator.get_or_create_autoscaling_coordinator()
+    get_or_create_autoscaling_coordinator()

@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +31,9 @@ from trainables.tasks import ProfileTask
 
 torch.set_num_threads(1)
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # Begun in the background of a script: what tests start, and interrupt, would ignore that too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "1")  # of the processes that tests start
 hypothesis.settings.register_profile(

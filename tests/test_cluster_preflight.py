@@ -114,7 +114,7 @@ def test_a_fine_tune_whose_workers_cannot_fit_is_refused_before_anything_is_trai
     start = time.monotonic()
     said = refused(run_on(head, "--config", small, "--run-dir", tmp_path / "run", "--finetune-workers", 3, verb="run"))
     assert time.monotonic() - start < 60
-    assert "finetune_workers is 3, but the cluster has room for 2 workers of 1 CPU and does not grow" in said
+    assert "finetune_workers is 3, but the cluster has room for 2 workers of 1 CPU and did not begin to grow" in said
     assert "set --finetune-workers 2, or 1..3 for as many as there are" in said
     assert not (tmp_path / "run" / "dense").exists()
 

@@ -92,7 +92,8 @@ def test_workers_of_the_fine_tune_are_refused_where_no_node_type_has_room_for_on
         "the long fine-tune needs 2 workers of 1 CPU and 1 NPU, and there is room for 0: asking for one more"
     ]
     wait_for(workers, 60)
-    with pytest.raises(BadConfig, match="room for 0 workers of 2 CPU and 1 NPU and does not grow: set smaller cpus"):
+    lacking = "room for 0 workers of 2 CPU and 1 NPU and did not begin to grow when one more was asked for: set smaller"
+    with pytest.raises(BadConfig, match=lacking):
         Preflight().check_workers(RunConfig(device="npu", finetune_workers=1, cpus_per_trial=2), said.append)
     wait_for(lambda: not workers(), 90)
 

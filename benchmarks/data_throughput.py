@@ -102,7 +102,7 @@ def jpeg(generator: np.random.Generator) -> bytes:
 def measure(task: Task, recipe: Recipe, repeats: int) -> dict[str, float]:
     workspace = Workspace(task)
     start = time.perf_counter()
-    train = workspace.images("train", task.data.subset, may_stream=True)
+    train = workspace.images("train", task.data.subset, streams=bool)
     build = time.perf_counter() - start
     steps = min(TRAIN_STEPS * 8 if len(train) <= 4000 else TRAIN_STEPS, len(train) // recipe.batch_size)
     pairs = [(load(train, recipe, steps, n), learn(workspace, train, recipe, steps)) for n in range(repeats)]
@@ -163,7 +163,7 @@ def trial_memory(task: Task, recipe: Recipe) -> tuple[int, int]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     workspace = Workspace(task)
-    train = workspace.images("train", task.data.subset, may_stream=True)
+    train = workspace.images("train", task.data.subset, streams=bool)
     for _ in train.train_batches(recipe, 0, 0):
         pass
     loading = peak

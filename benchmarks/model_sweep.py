@@ -116,7 +116,7 @@ def not_described(model: nn.Module, classes: Sequence[str]) -> list[str]:
     return [name for name in classes if name not in known]
 
 
-def judged(offer: Offer, blocks: int, unknown: Sequence[str] = ()) -> tuple[str, str]:
+def judged(offer: Offer, blocks: int, unknown: Sequence[str]) -> tuple[str, str]:
     """Return the verdict on an offer, and the reasons where it is not `supported`.
 
     Args:

@@ -158,21 +158,28 @@ def trained(run: Run, plan: PruningPlan, seed: int, epochs: int) -> dict[str, An
     Raises:
         BadInput: it failed.
     """
+    recipe = replace(run.config.trial, epochs=epochs)
+    task = TrialTask(**run.task(), recipe=recipe, checkpoints=run.store.path("states"))
     name = f"trials/{str(plan).translate(str.maketrans(':, ', '--_'))}-{epochs}-{seed}.json"
+    number = zlib.crc32(f"{plan} {epochs} {seed}".encode()) >> 1
+    return kept(run, name, task, number, plan, seed, f"{run.config.attention} {plan.cell} seed {seed}, {epochs} epochs")
+
+
+def kept(run: Run, name: str, task: TrialTask, number: int, plan: PruningPlan, seed: int, what: str) -> dict[str, Any]:
+    """Return the record `name` of a trial, run when it is not there yet.
+
+    Its seed is the same for all that is compared: cell, plan, and what stays or is started from are not in it.
+
+    Raises:
+        BadInput: it failed.
+    """
     if not run.store.exists(name):
-        recipe = replace(run.config.trial, epochs=epochs)
-        task = TrialTask(**run.task(), recipe=recipe, checkpoints=run.store.path("states"))
-        number = zlib.crc32(f"{plan} {epochs} {seed}".encode()) >> 1
-        # The seed is the same for all that is compared: cell and plan are not in it.
         record = run_trial(task, number, str(plan), 1000 * (1 + seed))
         if record["error"]:
             raise BadInput(f"the trial {plan}, seed {seed}, failed: {record['error']}")
         run.store.write_json(name, record)
         run.store.delete(f"states/{number:06d}.pt")
-        run.say(
-            f"{run.config.attention} {plan.cell} seed {seed}, {epochs} epochs: val {record['accuracies'][-1]:.2%}, "
-            f"{record['seconds']:.0f} s"
-        )
+        run.say(f"{what}: val {record['accuracies'][-1]:.2%}, {record['seconds']:.0f} s")
     found: dict[str, Any] = run.store.read_json(name)
     return found
 

@@ -4,12 +4,11 @@
     python benchmarks/start_worth.py runs/cifar10 [--cells 16] [--seeds 2] [--long-cells 4] [--long-seeds 2]
 
 The run has its dense model, ranking and probe done. Well-spread cells of its budgets are trained as its trials are,
-from both starts, and a few of them as its long fine-tune is. The probe is made anyway, for what
-it says of the cells, so both starts have cost the same; a trial's seed, and with it the order of the images and their
-augmentation, is the same for both, so that differences are paired. What a short trial is for is to tell good cells from
-worse: of each start, the noise of a trial, and Kendall's tau between a trial and the mean of the others of its start.
-Every trial is a file of the run's folder `start_worth`, so that a start that was killed goes on. All runs in this
-process, on one thread.
+from both starts, and a few of them as its long fine-tune is. The probe is made anyway, for what it says of the cells,
+so both starts have cost the same; a trial's seed, and with it the order of the images and their augmentation, is the
+same for both, so that differences are paired. A short trial is to tell good cells from worse: of each start, the noise
+of a trial, and Kendall's tau between a trial and the mean of the others of its start. Every trial is a file of the
+run's folder `start_worth`, so that a start that was killed goes on. All runs in this process, on one thread.
 """
 
 import argparse
@@ -25,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from removal_semantics import accuracies, in_points, interval
+from removal_semantics import accuracies, in_points, interval, kept
 from scipy.stats import kendalltau
 
 from dpt_search.compare_report import budgets_of
@@ -36,7 +35,6 @@ from search_spaces.plan import PruningPlan
 from search_spaces.ratios import Cell, RatioSpace, spread
 from trainables.devices import describe
 from trainables.settings import DataSettings, Recipe
-from trainables.table_trial import run_trial
 from trainables.tasks import TrialTask
 
 OUT = Path(__file__).parent / "results" / "start_worth"
@@ -67,6 +65,7 @@ def main() -> None:
     parser.add_argument("--long-epochs", type=int, default=0, help="0: those of the run's long fine-tune")
     parser.add_argument("--long-images", type=int, default=0, help="0: all training images")
     parser.add_argument("--long-seeds", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=None, help="left out: results/start_worth/RUN.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     try:
@@ -77,8 +76,9 @@ def main() -> None:
     except BadInput as error:
         parser.exit(2, f"start_worth: {error}\n")
     print(said(found))
-    OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / f"{Path(args.run).name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    out = args.out or OUT / f"{Path(args.run).name}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def measure(run: Run, args: argparse.Namespace) -> dict[str, Any]:
@@ -88,15 +88,10 @@ def measure(run: Run, args: argparse.Namespace) -> dict[str, Any]:
         raise BadInput(f"there is no {PROBE} in {config.run_dir!r}: run `dpt-search probe` on it first")
     cells = cells_of(ranking.space, args.cells)
     long = replace(config.finetune, epochs=args.long_epochs or config.finetune.epochs)
+    long_data = replace(config.data, subset=args.long_images)
     jobs = [
         Job("short", config.trial, config.data, cells, args.seeds),
-        Job(
-            "long",
-            long,
-            replace(config.data, subset=args.long_images),
-            long_cells(cells, args.long_cells),
-            args.long_seeds,
-        ),
+        Job("long", long, long_data, long_cells(cells, args.long_cells), args.long_seeds),
     ]
     records: dict[str, Records] = {}
     for job in jobs:
@@ -142,22 +137,10 @@ def trained(run: Run, job: Job, plan: PruningPlan, seed: int, start: str) -> dic
     """
     number = zlib.crc32(f"{plan} {job.recipe} {job.data.subset} {seed} {start}".encode()) >> 1
     name = f"start_worth/{job.name}-{plan.cell.n_attn}-{plan.cell.n_act}-{seed}-{start}-{number:08x}.json"
-    if not run.store.exists(name):
-        weights = STARTS[start] and run.store.path(STARTS[start])
-        states = run.store.path("start_worth/states")
-        task = TrialTask(**run.task() | {"data": job.data}, recipe=job.recipe, checkpoints=states, start=weights)
-        # The same for both starts.
-        record = run_trial(task, number, str(plan), 1000 * (1 + seed))
-        if record["error"]:
-            raise BadInput(f"the trial {plan}, seed {seed}, failed: {record['error']}")
-        run.store.write_json(name, record)
-        run.store.delete(f"start_worth/states/{number:06d}.pt")
-        run.say(
-            f"{job.name} {plan.cell} seed {seed} from {start}: val {record['accuracies'][-1]:.2%}, "
-            f"{record['seconds']:.0f} s"
-        )
-    found: dict[str, Any] = run.store.read_json(name)
-    return found
+    weights = STARTS[start] and run.store.path(STARTS[start])
+    told = run.task() | {"data": job.data}
+    task = TrialTask(**told, recipe=job.recipe, checkpoints=run.store.path("states"), start=weights)
+    return kept(run, name, task, number, plan, seed, f"{job.name} {plan.cell} seed {seed} from {start}")
 
 
 def judged(job: Job, records: Records) -> dict[str, Any]:

@@ -7,9 +7,14 @@ probe. Busy is the time inside `PruningTrial.step`, which trains and evaluates a
 time from the first step of the first trial to the last step of the last one. What is between the last step of a trial
 and the first one of the next trial of the same process is Tune's and the searcher's. With the defaults a trial takes
 about half a minute on a core, so the whole takes six minutes on two cores that do nothing else.
+
+Then for more workers than there are cores (--simulated 2,8,16,64): trials take time on a clock of their own, 30 seconds
+for the dense model and less by their cost for others; every suggestion is the searcher's real one, on a table of real
+trials, and takes on that clock what it took. They are made one after the other, as in a driver, so some workers wait.
 """
 
 import argparse
+import heapq
 import json
 import os
 import platform
@@ -23,15 +28,26 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import optuna
+
 from dpt_search import tune_search
+from dpt_search.compare import Judge
+from dpt_search.compare_report import budgets_of
 from dpt_search.options import EMBEDDED, read_config
+from dpt_search.problem import Problem
 from dpt_search.run import open_run
 from dpt_search.stages import STAGES
+from dpt_search.strategies import STRATEGIES
+from dpt_search.surface_table import read_table
+from search_spaces.ratios import Cell
 from trainables.locations import resolve
 from trainables.pruning_trial import PruningTrial
 
 OUT = Path(__file__).parent / "results" / "utilisation.json"
+TABLE = Path(__file__).parent / "tables" / "fashion_mnist.parquet"
 WORKERS = 2
+TRIAL_SECONDS = 30.0
+"""Of a simulated trial of the dense model."""
 GOALS = {"utilisation": 0.95, "between_seconds": 0.3}
 PACKAGES = ("ray", "torch", "optuna")
 
@@ -66,15 +82,21 @@ def main() -> None:
     parser.add_argument("--subset", type=int, default=6000, help="training images of a trial")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--simulated", default="2,8,16,64", help="numbers of workers")
     args = parser.parse_args()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    many = [simulated(int(workers)) for workers in args.simulated.split(",")]
     with tempfile.TemporaryDirectory(prefix="utilisation_") as folder:
         steps = run_search(folder, args.trials, args.subset, args.epochs)
     found = summary(steps)
     about = {"cpu": cpu_name(), "cores": os.cpu_count(), **{name: version(name) for name in PACKAGES}}
     asked = {"workers": WORKERS, "trials": args.trials, "subset": args.subset, "epochs": args.epochs}
-    args.out.write_text(json.dumps({"about": about, **asked, **found, "goals": GOALS}, indent=1) + "\n")
+    told = {"about": about, **asked, **found, "simulated": many, "goals": GOALS}
+    args.out.write_text(json.dumps(told, indent=1) + "\n")
     for name, value in found.items():
         print(f"{name}: {value}")
+    for each in many:
+        print(", ".join(f"{name} {value}" for name, value in each.items()))
 
 
 def run_search(folder: str, trials: int, subset: int, epochs: int) -> list[Step]:
@@ -120,6 +142,41 @@ def summary(steps: list[Step]) -> dict[str, Any]:
         "between_epochs_seconds_median": round(statistics.median(within), 3) if within else None,
         # At the end the workers do not stop together, which is no overhead.
         "last_worker_alone_seconds": round(end - min(own[-1].end for own in by_process.values()), 2),
+    }
+
+
+def simulated(workers: int) -> dict[str, Any]:
+    """Return the share of simulated workers' time inside trials, ten for each of them, until the last one starts."""
+    table = read_table(str(TABLE))
+    budgets = budgets_of("", table.space)
+    judge = Judge(table, budgets, seed=0)
+    strategy = STRATEGIES["map/no-probe"](Problem(table.space, budgets, judge.cost, seed=0))
+    free = [0.0] * workers
+    running: list[tuple[float, int, Cell]] = []
+    driver, asking, spans = 0.0, list[float](), list[tuple[float, float]]()
+    for _ in range(10 * workers):
+        ready = heapq.heappop(free)
+        while running and running[0][0] <= max(driver, ready):
+            _, token, cell = heapq.heappop(running)
+            strategy.tell(token, judge.observe(cell))
+        begun = time.perf_counter()
+        asked = strategy.ask()
+        asking.append(time.perf_counter() - begun)
+        if asked is None:
+            raise SystemExit(f"the searcher stopped proposing after {len(spans)} trials")
+        driver = max(driver, ready) + asking[-1]
+        end = driver + TRIAL_SECONDS * judge.cost(asked[1])
+        heapq.heappush(running, (end, *asked))
+        heapq.heappush(free, end)
+        spans.append((driver, end))
+    first, last = spans[0][0], max(start for start, _ in spans)
+    busy = sum(min(end, last) - start for start, end in spans)
+    return {
+        "workers": workers,
+        "trials": len(spans),
+        "utilisation": round(busy / (workers * (last - first)), 4),
+        "suggestion_seconds_median": round(statistics.median(asking), 4),
+        "suggestion_seconds_max": round(max(asking), 4),
     }
 
 

@@ -113,23 +113,16 @@ def _do(config: Any, only: str = "") -> None:
     check_place(config)
     with Lease(RunStore(config.run_dir)), open_run(config, say) as run:
         # After the checks, which are quick: the stages import scipy and optuna.
-        from dpt_search.stages import STAGES, WHOLE
+        from dpt_search.stages import STAGES, WHOLE, trains
 
         say(f"run directory {run.store.root if run.store.is_local else config.run_dir}")
-        run.finetunes = _trains(config, only, run.store)
-        for name in (only,) if only else WHOLE:
+        names = (only,) if only else WHOLE
+        run.finetunes = trains(run, names)
+        for name in names:
             STAGES[name](run)
         if not only:
             print(f"\n{stage_times(run.store)}\n\n{result_table(run.store)}\n")
             print(f"report: {run.store.path('report.html')}")
-
-
-def _trains(config: Any, only: str, store: Any) -> bool:
-    """Say whether long training, whose workers have to fit, is still to come: of one stage, or of the whole run."""
-    results = {"finetune": "finetune/finetune.json", "dense": "dense/dense.json" if config.adapt.epochs else ""}
-    results["baseline"] = "baseline/baseline.json" if config.baseline else ""
-    asked = [only] if only else list(results)
-    return any(results[name] and not store.exists(results[name]) for name in asked if name in results)
 
 
 def _report(argv: list[str]) -> int:

@@ -13,6 +13,7 @@ from dpt_search.verdict import verdict
 from search_spaces.plan import PruningPlan
 from trainables.tasks import FORMATS, ExportTask
 
+FINETUNE = "finetune/finetune.json"
 BASELINE = "baseline/baseline.json"
 
 
@@ -52,7 +53,7 @@ def _baseline_weights(run: Run) -> tuple[str, str]:
 
 def export(run: Run) -> None:
     """Merge, reload, compare, test once and time the fine-tuned model."""
-    found = run.store.read_json("finetune/finetune.json")
+    found = run.store.read_json(FINETUNE)
     if found is None:
         raise BadRun(f"nothing fine-tuned in {run.store.location!r} yet: run `dpt-search finetune` on it first")
     formats, (weights, digest) = run.config.formats, _baseline_weights(run)

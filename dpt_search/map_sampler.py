@@ -176,9 +176,10 @@ class MapSampler(BaseSampler):
         if worth.max() * self._costs.max() > _INDIFFERENT:
             return worth
         # Nothing is expected to change a decision: look where the feasible cells are least known.
-        variances, unsure = sum(weight * beliefs.sd**2 for weight, beliefs in models), np.zeros(len(asked))
+        variance = sum(weight * beliefs.sd**2 for weight, beliefs in models)
+        unsure = np.zeros(len(asked))
         for line in lines:
-            unsure[line] = np.sqrt(variances)[line]
+            unsure[line] = np.sqrt(variance)[line]
         return unsure
 
     def _cell_index(self, trial: FrozenTrial) -> int | None:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dpt_search.config import BadConfig, RunConfig
 from dpt_search.costs_table import read_costs, told, write_costs
 from dpt_search.decisions import NAME as MEASURED
 from dpt_search.decisions import check_units, goals_of
-from dpt_search.export_stages import baseline, export
+from dpt_search.export_stages import BASELINE, FINETUNE, baseline, export
 from dpt_search.hints import prior_surface
 from dpt_search.probe_stage import probe
 from dpt_search.progress import duration
@@ -200,15 +200,13 @@ def finetune(run: Run) -> None:
 
     def work(digest: str) -> None:
         # The record of another plan must not stand beside this one's weights.
-        run.store.delete("finetune/finetune.json")
+        run.store.delete(FINETUNE)
         run.say(f"fine-tuning {chosen['plan']} for {config.finetune.epochs} epochs")
         plan = PruningPlan.parse(chosen["plan"])
         result = train(run, run.task(), plan, config.finetune, "finetune", digest)
-        run.store.write_json(
-            "finetune/finetune.json", {**result, "budget": chosen["budget"], "start": config.start, "inputs": digest}
-        )
+        run.store.write_json(FINETUNE, {**result, "budget": chosen["budget"], "start": config.start, "inputs": digest})
 
-    run.stage("finetune", _finetune_inputs(run, chosen), "finetune/finetune.json", work)
+    run.stage("finetune", _finetune_inputs(run, chosen), FINETUNE, work)
     clear(run, "finetune")
 
 
@@ -248,6 +246,19 @@ STAGES: dict[str, Callable[[Run], Any]] = {
 
 WHOLE = tuple(name for name in STAGES if name != "probe")
 """What a whole run does; its search has the probe beside it."""
+
+
+def trains(run: Run, names: Sequence[str]) -> bool:
+    """Say whether any of these stages has long training to do, whose workers have to fit.
+
+    What is there from an earlier start counts as done; whether it is of the same inputs, the stage sees.
+    """
+    results = {
+        "dense": "dense/dense.json" if run.config.adapt.epochs else "",
+        "finetune": FINETUNE,
+        "baseline": BASELINE if run.config.baseline else "",
+    }
+    return any(results.get(name) and not run.store.exists(results[name]) for name in names)
 
 
 def _listed(indices: tuple[int, ...]) -> str:

@@ -161,19 +161,25 @@ def test_the_same_model_has_the_same_fingerprint_and_a_setting_changes_it() -> N
 
 
 @pytest.mark.parametrize(
-    ("attn", "act", "refused", "verdict"),
+    ("attn", "act", "refused", "unknown", "verdict"),
     [
-        (range(4), range(4), {}, "supported"),
-        (range(4), (), {"act:0": "GluMlp: a gate"}, "attention only"),
-        ((), range(4), {"attn:0": "Block: two streams"}, "activation only"),
-        (range(3), range(4), {"attn:3": "ClassAttn: the class token"}, "partly"),
-        ((), (), {"attn:0": "Odd: no"}, "refused"),
+        (range(4), range(4), {}, [], "supported"),
+        (range(4), (), {"act:0": "GluMlp: a gate"}, [], "attention only"),
+        ((), range(4), {"attn:0": "Block: two streams"}, [], "activation only"),
+        (range(3), range(4), {"attn:3": "ClassAttn: the class token"}, [], "partly"),
+        ((), (), {"attn:0": "Odd: no"}, [], "refused"),
+        (range(3), range(3), {}, ["Inner"], "partly"),
     ],
 )
-def test_a_verdict_says_what_is_lacking_and_why(attn, act, refused, verdict) -> None:
-    said, reason = sweep.judged(Offer(tuple(attn), tuple(act), refused), blocks=4)
+def test_a_verdict_says_what_is_lacking_and_why(attn, act, refused, unknown, verdict) -> None:
+    said, reason = sweep.judged(Offer(tuple(attn), tuple(act), refused), 4, unknown)
     assert said == verdict
-    assert reason == next(iter(refused.values()), "")
+    assert reason == next(iter(refused.values()), "".join(f"{name}: no family describes it" for name in unknown))
+
+
+def test_blocks_that_no_family_describes_are_told_by_their_class() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=32, depth=1, num_heads=2)
+    assert sweep.not_described(model, ["Block", "Inner"]) == ["Inner"]
 
 
 def test_a_model_is_tried_with_weights_and_a_wrong_removal_is_seen(monkeypatch) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from driver import interrupted_when, outcomes, wait_until
+from driver import dpt_search, interrupted_when, outcomes, wait_until
 from head import BIN, ROOT, Head, ray_head
 
 from dpt_search.store import RunStore, TrialLog
@@ -55,16 +55,28 @@ def same_result(run: Path, finished: Path) -> bool:
     return outcomes(run) == outcomes(finished) and read(run) == read(finished)
 
 
-def test_a_job_from_a_checkout_gives_what_a_direct_run_does(head, ranked, finished):
+def job_from_checkout(head: Head, *arguments: object) -> "subprocess.CompletedProcess[str]":
     command = [BIN / "ray", "job", "submit", "--address", head.url, "--working-dir", ROOT, "--"]
-    done = subprocess.run(
-        [*command, "python", "-m", "dpt_search", "run", "--run-dir", ranked],
-        env=head.env,
-        capture_output=True,
-        text=True,
+    return subprocess.run(
+        [*command, "python", "-m", "dpt_search", *map(str, arguments)], env=head.env, capture_output=True, text=True
     )
+
+
+def test_a_job_from_a_checkout_gives_what_a_direct_run_does(head, ranked, finished):
+    done = job_from_checkout(head, "run", "--run-dir", ranked)
     assert done.returncode == 0, done.stdout + done.stderr
     assert same_result(ranked, finished)
+
+
+@pytest.mark.timeout(1800)
+def test_the_embedded_example_as_a_job_gives_what_it_gives_directly(head, tmp_path):
+    # One trial at a time: which of two ends first is chance, and the searcher's next proposal depends on it.
+    one_by_one = ("run", "--max-concurrent", 1, "--run-dir")
+    directly = dpt_search(*one_by_one, tmp_path / "directly")
+    assert directly.returncode == 0, directly.stdout + directly.stderr
+    as_a_job = job_from_checkout(head, *one_by_one, tmp_path / "job")
+    assert as_a_job.returncode == 0, as_a_job.stdout + as_a_job.stderr
+    assert same_result(tmp_path / "job", tmp_path / "directly")
 
 
 def test_a_submitted_job_gives_what_a_direct_run_does_with_a_line_for_every_trial(head, ranked, finished, small):

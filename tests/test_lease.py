@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,18 @@ def test_a_driver_of_another_host_that_ends_while_it_is_watched_leaves_the_run_f
         assert time.monotonic() - start < lease.SILENT_SECONDS / 2
 
 
+@contextmanager
+def holding(program: str, store: RunStore) -> Iterator["subprocess.Popen[str]"]:
+    """Run a program that takes the lease of its argument and then says `held`."""
+    root = Path(__file__).parent.parent
+    with subprocess.Popen(
+        [sys.executable, "-c", program, store.location], cwd=root, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+
+
 @pytest.mark.parametrize("blocked", [False, True])
 def test_sigterm_gives_the_run_up_before_anything_else_and_ends_as_ctrl_c_does(store: RunStore, blocked: bool) -> None:
     """As in a job of Ray's, where SIGINT is blocked."""
@@ -140,12 +153,7 @@ def test_sigterm_gives_the_run_up_before_anything_else_and_ends_as_ctrl_c_does(s
         "except KeyboardInterrupt:\n"
         "    print('interrupted', flush=True)\n"
     )
-    root = Path(__file__).parent.parent
-    with subprocess.Popen(
-        [sys.executable, "-c", program, store.location], cwd=root, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
+    with holding(program, store) as process:
         process.send_signal(signal.SIGTERM)
         assert process.communicate(timeout=30)[0] == "free\ninterrupted\n"
     assert process.returncode == 0
@@ -168,12 +176,7 @@ def test_a_driver_that_swallows_its_interrupt_ends_all_the_same(store: RunStore,
         "        except KeyboardInterrupt:\n"
         "            pass\n"
     )
-    root = Path(__file__).parent.parent
-    with subprocess.Popen(
-        [sys.executable, "-c", program, store.location], cwd=root, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
+    with holding(program, store) as process:
         if end == "told to end":
             process.send_signal(signal.SIGTERM)
         else:

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from dpt_search import preflight, waiting
-from dpt_search.cli import _trains
 from dpt_search.config import BadConfig, RunConfig
 from dpt_search.holdings import Holdings
 from dpt_search.preflight import Preflight, check_place
+from dpt_search.run import configured_run
+from dpt_search.stages import WHOLE, trains
 from dpt_search.store import RunStore
 from dpt_search.waiting import Waiting
 from trainables import preflight as on_node
@@ -165,14 +166,16 @@ def test_nothing_is_told_while_something_runs_or_nothing_waits(clock: list[float
 
 
 def test_the_fine_tunes_workers_have_to_fit_while_one_is_to_come(tmp_path: Path) -> None:
-    store, config = RunStore(str(tmp_path)), RunConfig()
-    assert _trains(config, "", store)
-    assert not _trains(config, "search", store)
-    store.write_json("finetune/finetune.json", {})
-    assert not _trains(config, "", store)
-    assert not _trains(config, "finetune", store)
-    assert _trains(replace(config, baseline=True), "", store)
-    assert _trains(replace(config, adapt=replace(config.adapt, epochs=3)), "dense", store)
+    run = configured_run(RunConfig(ModelSettings("m"), DataSettings("p"), run_dir=str(tmp_path)), print)
+    assert trains(run, WHOLE)
+    assert not trains(run, ("search",))
+    run.store.write_json("finetune/finetune.json", {})
+    assert not trains(run, WHOLE)
+    assert not trains(run, ("finetune",))
+    run.config = replace(run.config, baseline=True)
+    assert trains(run, WHOLE)
+    run.config = replace(run.config, adapt=replace(run.config.adapt, epochs=3))
+    assert trains(run, ("dense",))
 
 
 def test_a_node_that_has_just_joined_is_looked_at_twice_before_it_ends_the_run(

@@ -64,7 +64,7 @@ def test_streamed_images_are_those_of_the_cache_bit_for_bit(tmp_path, kind):
     data = DataSettings(str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"))
     data = replace(data, path="", factory="test_streaming.pairs") if kind == "factory" else data
     cached = load_images(data, "train", VIEW, 0, limit=30)
-    streamed = load_images(replace(data, stream="always"), "train", VIEW, 0, limit=30, may_stream=True)
+    streamed = load_images(replace(data, stream="always"), "train", VIEW, 0, limit=30, streams=bool)
     assert isinstance(streamed.pixels, StreamedPixels)
     assert np.array_equal(streamed.labels, cached.labels)
     assert np.array_equal(np.stack([streamed.pixels[n] for n in range(30)]), cached.pixels)
@@ -83,13 +83,13 @@ def test_images_are_streamed_where_their_cache_would_not_fit(tmp_path, monkeypat
     with pytest.raises(BadData, match=r"set data\.cache_dir to a larger disk"):
         load_images(data, "train", VIEW, 0)
     with pytest.raises(BadData, match=r"set data\.cache_dir to a larger disk"):
-        load_images(replace(data, stream="never"), "train", VIEW, 0, may_stream=True)
-    assert isinstance(load_images(data, "train", VIEW, 0, may_stream=True).pixels, StreamedPixels)
+        load_images(replace(data, stream="never"), "train", VIEW, 0, streams=bool)
+    assert isinstance(load_images(data, "train", VIEW, 0, streams=bool).pixels, StreamedPixels)
     monkeypatch.undo()
-    assert isinstance(load_images(data, "train", VIEW, 0, may_stream=True).pixels, np.ndarray)
+    assert isinstance(load_images(data, "train", VIEW, 0, streams=bool).pixels, np.ndarray)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     # It is there already.
-    assert isinstance(load_images(data, "train", VIEW, 0, may_stream=True).pixels, np.ndarray)
+    assert isinstance(load_images(data, "train", VIEW, 0, streams=bool).pixels, np.ndarray)
 
 
 def trained_with_little_room_for_one(group: Group, task: FinetuneTask) -> None:

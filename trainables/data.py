@@ -169,8 +169,7 @@ def load_images(
     *,
     limit: int = 0,
     may_read_test: bool = False,
-    may_stream: bool = False,
-    agree: Callable[[bool], bool] = bool,
+    streams: Callable[[bool], bool] | None = None,
 ) -> ImageSet:
     """Return the images of a split, building the node's cache of decoded ones when it is not there yet.
 
@@ -181,8 +180,8 @@ def load_images(
         seed: seed of the splits and of a subset.
         limit: class-balanced subset of this many images; 0 means all.
         may_read_test: said by export, bench and report alone.
-        may_stream: there need be no cache, see `DataSettings.stream`.
-        agree: given whether this process would stream, returns whether all do that train together.
+        streams: where there need be no cache (see `DataSettings.stream`): given whether this process would stream,
+            returns whether all do that train together; `bool` where it trains alone.
 
     Raises:
         BadData: the data cannot be used.
@@ -195,7 +194,7 @@ def load_images(
         indices = indices[balanced_subset(table.labels[indices], limit, seed)]
     path, shape = _cache_of(table, indices, view, Path(resolve(data.cache_dir)[1]))
     # Looked at before any of them builds: a cache that is half there leaves no room for itself.
-    if may_stream and agree(data.stream == "always" or (data.stream == "auto" and not _fits(path, shape))):
+    if streams and streams(data.stream == "always" or (data.stream == "auto" and not _fits(path, shape))):
         return ImageSet(StreamedPixels(table, indices, view), table.labels[indices], view)
     return ImageSet(_cached_pixels(table, indices, view, shape, path), table.labels[indices], view)
 

@@ -80,7 +80,7 @@ def _training(task: FinetuneTask, workspace: Workspace, plan: PruningPlan, group
     try:
         return Training(
             model,
-            workspace.images("train", may_stream=True, agree=lambda own: group.any(own, workspace.device)),
+            workspace.images("train", streams=lambda own: group.any(own, workspace.device)),
             task.recipe,
             device=workspace.device,
             seed=task.seed,

@@ -99,19 +99,18 @@ class Workspace:
         limit: int = 0,
         *,
         may_read_test: bool = False,
-        may_stream: bool = False,
-        agree: Callable[[bool], bool] = bool,
+        streams: Callable[[bool], bool] | None = None,
     ) -> ImageSet:
         """Return a split's images, or a fixed class-balanced subset of `limit` of them; see `load_images`.
 
         Raises:
             BadData: a label is not one of the model's classes, or the data cannot be used.
         """
-        key = (split, limit, may_read_test, may_stream)
+        key = (split, limit, may_read_test, streams is not None)
         if key not in self._sets:
             images = load_images(
                 self.task.data, split, self.view, self.task.seed, limit=limit, may_read_test=may_read_test,
-                may_stream=may_stream, agree=agree,
+                streams=streams,
             )  # fmt: skip
             self.check_labels(images.labels, split)
             self._sets[key] = images

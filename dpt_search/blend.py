@@ -1,7 +1,8 @@
 """Averages models of one surface by how well they explain the trials, and keeps beliefs near what was seen.
 
 Whether a polynomial or a hint helps differs from surface to surface, so neither is taken on trust: the residual alone,
-with a polynomial, and with one hint after another are weighted by their marginal likelihood. Arrays in, arrays out.
+with a polynomial, and with one hint after another are weighted by their marginal likelihood. The dense model's accuracy
+is known before any trial, and nearly that of a trial without removals. Arrays in, arrays out.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from dpt_search.posterior import Data, Hint, Posterior, Surface
 
 FENCE = 0.05
 """Means stay within this of the observed accuracies, in units of accuracy; what is beyond is drawn in, in its order."""
+DENSE_SD = 0.02
+"""Standard deviation of what training as a trial does changes of the dense model's accuracy, in units of accuracy."""
 NEGLIGIBLE = 0.01
 """A model of less weight is left out."""
 
@@ -23,13 +26,15 @@ NEGLIGIBLE = 0.01
 class Blend:
     """Beliefs about a surface, averaged over models with and without a polynomial and hints."""
 
-    def __init__(self, points: Array, degree: int = 2, hints: Sequence[Hint] = ()) -> None:
+    def __init__(self, points: Array, degree: int = 2, hints: Sequence[Hint] = (), dense: float | None = None) -> None:
         """
         Args:
             points: [cells, 2], the ratios of every cell of a full lattice.
             degree: total degree of the polynomial; 0 leaves it out.
             hints: earlier surfaces, the one that is trusted most first.
+            dense: accuracy of the dense model; None where it is not known.
         """
+        self._dense, self._whole = dense, int(np.argmin(points.sum(axis=1)))
         self.models = [Surface(points, 0)]
         if degree:
             self.models.append(Surface(points, degree))
@@ -50,9 +55,10 @@ class Blend:
         """Return each model's weight and its posterior of all cells, or of some; models of little weight are left out.
 
         Args:
-            data: at least one observation.
+            data: at least one observation, or none where the dense model's accuracy is known.
             cells: [k] indices of the cells asked about; None for all.
         """
+        data = self._told(data)
         found = self.fit(data)
         weights = _normalised(self._prior + np.array([evidence for _, evidence in found]))
         weights = np.where(weights < NEGLIGIBLE, 0.0, weights) / weights[weights >= NEGLIGIBLE].sum()
@@ -66,7 +72,7 @@ class Blend:
         """Return the averaged posterior of all cells, or of some.
 
         Args:
-            data: at least one observation.
+            data: at least one observation, or none where the dense model's accuracy is known.
             cells: [k] indices of the cells asked about; None for all.
         """
         counted = self.by_model(data, cells)
@@ -75,7 +81,11 @@ class Blend:
         for weight, each in counted:
             covariance += weight * (each.covariance + np.outer(each.mean - mean, each.mean - mean))
         noise = float(np.sqrt(sum(weight * each.noise**2 for weight, each in counted)))
-        return Posterior(_fenced(mean, data.means.min(), data.means.max()), covariance, noise)
+        seen = self._told(data).means
+        return Posterior(_fenced(mean, seen.min(), seen.max()), covariance, noise)
+
+    def _told(self, data: Data) -> Data:
+        return data if self._dense is None else data.knowing(self._whole, self._dense, DENSE_SD)
 
 
 def _normalised(logarithms: Array) -> Array:

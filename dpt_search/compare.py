@@ -212,7 +212,9 @@ def replay(
     """
     judge = Judge(table, budgets, seed, probes)
     walked = walks[seed % len(walks)] if walks else ()
-    strategy = STRATEGIES[name](Problem(table.space, budgets, judge.cost, seed, judge.probe, prior, walked))
+    strategy = STRATEGIES[name](
+        Problem(table.space, budgets, judge.cost, seed, table.dense, judge.probe, prior, walked)
+    )
     running: list[tuple[float, int, Cell]] = []
     costs, times, regrets = [], [], []
     asked, spent, now = 0, strategy.upfront, 0.0

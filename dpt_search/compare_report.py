@@ -159,7 +159,7 @@ def _prior(location: str, space: RatioSpace) -> Array | None:
     table = read_table(location)
     index = {cell: i for i, cell in enumerate(table.space)}
     data = Data.of(np.array([index[cell] for cell in table.cells]), np.nanmean(table.accuracies, axis=1))
-    return resampled(Blend(ratios(table.space)).posterior(data).mean, table.space, space)
+    return resampled(Blend(ratios(table.space), dense=table.dense).posterior(data).mean, table.space, space)
 
 
 def budgets_of(text: str, space: RatioSpace) -> tuple[Goal, ...]:

@@ -91,7 +91,7 @@ class FittedKernel:
         attn, act = (np.ix_(level[cells], level[cells]) for level in kernel.levels)
         fixed = {name: each[cells] @ each[cells].T for name, each in kernel.features.items()}
         fixed["step"] = kernel.shared[0][attn] + kernel.shared[1][act]
-        fixed["own"] = np.eye(len(cells))
+        fixed["own"] = (cells[:, None] == cells[None, :]).astype(np.float64)
         self.squared = kernel.squared[0][attn], kernel.squared[1][act]
         self.beyond = kernel.beyond[0][attn], kernel.beyond[1][act]
         self.given = 0.0 if kernel.given is None else kernel.given[np.ix_(cells, cells)]

@@ -26,7 +26,7 @@ from dpt_search.posterior import Hint
 from dpt_search.probe_stage import has_probe, probe_task
 from dpt_search.probe_table import read_probe
 from dpt_search.problem import Observed, Problem
-from dpt_search.run import Run, digest_of, identity_of, open_run, read_ranking
+from dpt_search.run import Run, digest_of, identity_of, open_run, read_dense_accuracy, read_ranking
 from dpt_search.samplers import PURE
 from dpt_search.search_stages import search
 from dpt_search.store import BadRun, RunStore, TrialLog
@@ -186,7 +186,9 @@ def decided(each: Search, budgets: Sequence[Goal], max_cost: float) -> Decisions
     """
     run, hinted, unit = each.run, SAMPLERS[each.name] == "map", each.prices.unit
     ranking = read_ranking(run)
-    seen = Observed(Problem(ranking.space, budgets, lambda cell: 1.0, run.config.seed), degree=2)
+    seen = Observed(
+        Problem(ranking.space, budgets, lambda cell: 1.0, run.config.seed, read_dense_accuracy(run)), degree=2
+    )
     seen.take_hints([Hint(prior_surface(location, ranking.space)) for location in run.config.prior])
     probe = run.store.read_json("stages/probe.json") if hinted else None
     events: list[tuple[float, Any]] = [(f.time, f) for f in surface_trials(TrialLog(run.store), ranking)]

@@ -46,6 +46,7 @@ class MapSampler(BaseSampler):
         degree: int = 2,
         design: str = "lines",
         hints: Callable[[], Sequence[Hint]] = tuple,
+        dense: float | None = None,
     ) -> None:
         """
         Args:
@@ -55,17 +56,20 @@ class MapSampler(BaseSampler):
             degree: total degree of the polynomial mean; 0 leaves a constant one.
             design: name in `DESIGNS` of what to try first.
             hints: asked before every proposal for the earlier surfaces there are by now; there may come more.
+            dense: the dense model's accuracy, or less its loss, which is nearly that of a trial without removals; None
+                where it is not known.
         """
         self._space = space
         self._cells = list(space)
         self._index = {cell: i for i, cell in enumerate(self._cells)}
         self._lines = [np.array([self._index[c] for c in budget.cells]) for budget in budgets]
         self._design = DESIGNS[design](space, budgets)
-        self._hinted_design = hinted_design(space, budgets) if design == "lines" else self._design
+        if design == "lines" and dense is not None:
+            self._design = self._design[:1]
         self._costs = np.array([cost(cell) for cell in self._cells])
         self._feasible = np.unique(np.concatenate(self._lines))
-        self._degree, self._hints = degree, hints
-        self._blend = Blend(ratios(space), degree)
+        self._degree, self._hints, self._dense = degree, hints, dense
+        self._blend = Blend(ratios(space), degree, dense=dense)
         self._known: list[Hint] = []
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -135,13 +139,13 @@ class MapSampler(BaseSampler):
         succeeded = {cell for cell, _ in done}
         touched = succeeded | set(running) | set(failed)
         self._take_hints()
-        for cell in self._hinted_design if self._known else self._design:
+        for cell in self._design:
             if self._index[cell] not in touched:
                 return self._index[cell]
-        if not done:
+        if not done and self._dense is None:
             # Nothing to learn from yet, more workers than design: what is nearest to it and not under way.
             return next((i for i in np.concatenate(self._lines).tolist() if i not in touched), int(self._lines[-1][0]))
-        cells, accuracies = (np.array(values) for values in zip(*done, strict=True))
+        cells, accuracies = np.array([cell for cell, _ in done], dtype=np.int64), np.array([value for _, value in done])
         pending = np.array(running, dtype=np.int64)
         asked = np.union1d(self._feasible, pending)
         where = np.searchsorted(asked, pending)
@@ -160,7 +164,7 @@ class MapSampler(BaseSampler):
             np.array_equal(hint.mean, known.mean) for hint, known in zip(hints, self._known, strict=True)
         )
         if not same:
-            self._blend, self._known = Blend(ratios(self._space), self._degree, hints), hints
+            self._blend, self._known = Blend(ratios(self._space), self._degree, hints, self._dense), hints
 
     def _worth(self, models: Sequence[tuple[float, Posterior]], asked: np.ndarray) -> Array:
         """Return the value of one trial of every cell asked about per unit of cost, averaged over the models.
@@ -218,13 +222,6 @@ def initial_design(space: RatioSpace, budgets: Sequence[Goal]) -> list[Cell]:
     inside = round(len(line) / 6)
     cells = [line[len(line) // 2], line[-1 - inside], line[inside], *([Cell(0, 0)] if len(budgets) > 1 else [])]
     return list(dict.fromkeys(cells))
-
-
-def hinted_design(space: RatioSpace, budgets: Sequence[Goal]) -> list[Cell]:
-    """Return what to try first where there are hints: the middle of the largest budget and of the smallest."""
-    ordered = sorted(budgets, key=lambda budget: budget.depth)
-    lines = (ordered[-1].cells, ordered[0].cells)
-    return list(dict.fromkeys(line[len(line) // 2] for line in lines))
 
 
 def single_kind_walks(space: RatioSpace) -> list[Cell]:

@@ -58,16 +58,18 @@ class Data:
     """Observations, averaged by cell: what the model needs to know of them.
 
     Attributes:
-        cells: [k] index of each observed cell into the lattice's points, without repeats.
+        cells: [k] index of each observed cell into the lattice's points, without repeats but for what is known besides.
         means: [k] mean accuracy of its trials.
         counts: [k] number of its trials.
         scatter: sum of squared differences of the trials from their cells' means.
+        doubts: [k] variance of each about its cell's true accuracy, beside the trials' noise: 0 for trials.
     """
 
     cells: np.ndarray
     means: Array
     counts: Array
     scatter: float
+    doubts: Array
 
     @classmethod
     def of(cls, cells: np.ndarray, accuracies: Array) -> Data:
@@ -81,7 +83,21 @@ class Data:
         order = np.lexsort((accuracies, where))
         where, accuracies = where[order], np.asarray(accuracies, dtype=np.float64)[order]
         means = np.bincount(where, accuracies, minlength=len(unique)) / counts
-        return cls(unique, means, counts.astype(np.float64), float(np.sum((accuracies - means[where]) ** 2)))
+        scatter = float(np.sum((accuracies - means[where]) ** 2))
+        return cls(unique, means, counts.astype(np.float64), scatter, np.zeros(len(unique)))
+
+    def knowing(self, cell: int, accuracy: float, sd: float) -> Data:
+        """Return these observations and what is known of a cell besides, which is no trial.
+
+        Args:
+            cell: its index.
+            accuracy: what is known.
+            sd: of what a trial's true accuracy may differ by.
+        """
+        return Data(
+            np.r_[cell, self.cells], np.r_[accuracy, self.means], np.r_[1.0, self.counts], self.scatter,
+            np.r_[sd**2, self.doubts],
+        )  # fmt: skip
 
     def thinned(self, most: int) -> Data:
         """Return at most so many of the cells, evenly taken from all."""
@@ -89,7 +105,7 @@ class Data:
             return self
         kept = np.linspace(0, len(self.cells) - 1, most).round().astype(int)
         share = float(np.sum(self.counts[kept] - 1) / max(1.0, np.sum(self.counts - 1)))
-        return Data(self.cells[kept], self.means[kept], self.counts[kept], share * self.scatter)
+        return Data(self.cells[kept], self.means[kept], self.counts[kept], share * self.scatter, self.doubts[kept])
 
 
 @dataclass(frozen=True)
@@ -176,7 +192,7 @@ class Surface:
         hyper = hyper or self.fit(data)[0]
         asked = self._everywhere if cells is None else cells
         seen = self._kernel.between(hyper, data.cells, data.cells)
-        lower = np.linalg.cholesky(seen + np.diag(hyper.noise**2 / data.counts + _JITTER))
+        lower = np.linalg.cholesky(seen + np.diag(hyper.noise**2 / data.counts + data.doubts + _JITTER))
         half = solve_triangular(lower, self._kernel.between(hyper, data.cells, asked), lower=True, check_finite=False)
         expected = self._mean(hyper)
         told = np.stack([np.ones(len(data.cells)), data.means - expected[data.cells]], axis=1)
@@ -228,7 +244,7 @@ class Surface:
         """Return the value (up to a constant) and its gradient in the logarithm of each hyperparameter."""
         covariance, derivatives = kernel.at(hyper)
         noise = hyper.noise**2 / data.counts
-        np.fill_diagonal(covariance, covariance.diagonal() + noise + _JITTER)
+        np.fill_diagonal(covariance, covariance.diagonal() + noise + data.doubts + _JITTER)
         inverse, log_determinant = _inverted(covariance)
         ones = inverse.sum(1)
         total = float(ones.sum())

@@ -49,6 +49,7 @@ class Problem:
         cost: of one trial of a cell.
         seed: of all randomness.
         probe: what an elastic probe would say, and cost; None where that is not known.
+        dense: the dense model's accuracy; None where that is not known.
         prior: [cells], an earlier run's surface; None without one.
         walks: the published walks as recorded; none where they are not known.
     """
@@ -57,6 +58,7 @@ class Problem:
     budgets: Sequence[Goal]
     cost: CostOf
     seed: int
+    dense: float | None = None
     probe: Probe | None = None
     prior: Array | None = None
     walks: Sequence[WalkTrial] = ()
@@ -75,7 +77,7 @@ class Observed:
         self._degree = degree
         self._index = {cell: i for i, cell in enumerate(problem.space)}
         self._lines = [budget.cells for budget in problem.budgets]
-        self._blend = Blend(ratios(problem.space), degree)
+        self._blend = Blend(ratios(problem.space), degree, dense=problem.dense)
         self._hints: Sequence[Hint] = ()
         self.cells: list[Cell] = []
         self.accuracies: list[float] = []
@@ -94,7 +96,7 @@ class Observed:
     def take_hints(self, hints: Sequence[Hint]) -> None:
         """Let the posterior know earlier surfaces."""
         self._hints = tuple(hints)
-        self._blend = Blend(ratios(self._problem.space), self._degree, hints)
+        self._blend = Blend(ratios(self._problem.space), self._degree, hints, self._problem.dense)
 
     def posterior_mean(self) -> Array | None:
         """Return the posterior mean of every cell; None before the first observation."""

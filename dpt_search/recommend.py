@@ -64,7 +64,11 @@ class Recommendation:
 
 
 def recommend(
-    space: RatioSpace, budgets: Sequence[Goal], observations: Sequence[Observation], hints: Sequence[Hint] = ()
+    space: RatioSpace,
+    budgets: Sequence[Goal],
+    observations: Sequence[Observation],
+    hints: Sequence[Hint] = (),
+    dense: float | None = None,
 ) -> tuple[dict[str, Any], list[Recommendation]]:
     """Decide every budget from what was observed.
 
@@ -73,6 +77,7 @@ def recommend(
         budgets: what is to be decided, each with the cells it is decided among.
         observations: at least one finished trial.
         hints: earlier surfaces.
+        dense: the dense model's accuracy; None where it is not known.
 
     Returns:
         The surface as plain data (`n_attn`, `n_act`, and `mean` and `sd` as rows of n_attn and columns of n_act), and
@@ -85,7 +90,7 @@ def recommend(
     if not observations:
         raise ValueError("nothing was observed yet")
     cells = [each.plan.cell for each in observations]
-    found = beliefs(space, cells, np.array([each.accuracy for each in observations]), hints)
+    found = beliefs(space, cells, np.array([each.accuracy for each in observations]), hints, dense)
     trials, index = Counter(cells), {cell: i for i, cell in enumerate(space)}
     surface = {
         "n_attn": space.n_attn,
@@ -97,7 +102,13 @@ def recommend(
     return surface, [_decide(budget, index, found, trials) for budget in budgets]
 
 
-def beliefs(space: RatioSpace, cells: Sequence[Cell], accuracies: Array, hints: Sequence[Hint] = ()) -> Posterior:
+def beliefs(
+    space: RatioSpace,
+    cells: Sequence[Cell],
+    accuracies: Array,
+    hints: Sequence[Hint] = (),
+    dense: float | None = None,
+) -> Posterior:
     """Return what is believed of every cell, in the space's order: the one model that all decisions are made by.
 
     Args:
@@ -105,10 +116,11 @@ def beliefs(space: RatioSpace, cells: Sequence[Cell], accuracies: Array, hints: 
         cells: of the trials, at least one.
         accuracies: [trials].
         hints: earlier surfaces.
+        dense: the dense model's accuracy; None where it is not known.
     """
     index = {cell: i for i, cell in enumerate(space)}
     data = Data.of(np.array([index[cell] for cell in cells]), accuracies)
-    return Blend(ratios(space), hints=hints).posterior(data)
+    return Blend(ratios(space), hints=hints, dense=dense).posterior(data)
 
 
 def _decide(budget: Goal, index: dict[Cell, int], beliefs: Posterior, trials: Counter[Cell]) -> Recommendation:

@@ -13,7 +13,7 @@ from dpt_search.map_predictor import Array
 from dpt_search.posterior import Hint
 from dpt_search.published import PRESETS, published_samples
 from dpt_search.robustness import POINT, Noise, Samples, Stability, study
-from dpt_search.run import Run, read_ranking, recorded_run
+from dpt_search.run import Run, read_dense_accuracy, read_ranking, recorded_run
 from dpt_search.store import BadRun
 from dpt_search.summary import text_table
 from dpt_search.surface_table import read_table
@@ -128,7 +128,8 @@ def _of_run(run: Run, budgets: Sequence[Budget]) -> Samples:
     space, observations = read_ranking(run).space, observations_of(run)
     hints = hints_of(run.store, space, run.config.prior)
     cells, accuracies = [each.plan.cell for each in observations], [each.accuracy for each in observations]
-    return _believed(run.config.run_dir, space, goals_of(run, budgets), cells, accuracies, hints)
+    decided, dense = goals_of(run, budgets), read_dense_accuracy(run)
+    return _believed(run.config.run_dir, space, decided, cells, accuracies, dense, hints)
 
 
 def _of_table(location: str, budgets: Sequence[Budget]) -> Samples:
@@ -140,7 +141,7 @@ def _of_table(location: str, budgets: Sequence[Budget]) -> Samples:
 
     resolved = _resolved(budgets, table.space) if budgets else budgets_of("", table.space)
     cells, accuracies = [table.cells[row] for row in rows], table.accuracies[rows, seeds].tolist()
-    return _believed(location, table.space, resolved, cells, accuracies)
+    return _believed(location, table.space, resolved, cells, accuracies, table.dense)
 
 
 def _believed(
@@ -149,13 +150,14 @@ def _believed(
     budgets: tuple[Goal, ...],
     cells: Sequence[Cell],
     accuracies: Sequence[float],
+    dense: float | None,
     hints: Sequence[Hint] = (),
 ) -> Samples:
     """Return trials that are decided by as `recommend` does."""
     from dpt_search.recommend import beliefs
 
     def believe(disturbed: Array) -> tuple[Array, float]:
-        found = beliefs(space, cells, disturbed, hints)
+        found = beliefs(space, cells, disturbed, hints, dense)
         return found.mean, found.noise
 
     return Samples(name, space, budgets, np.array(accuracies), believe)

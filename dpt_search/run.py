@@ -287,3 +287,9 @@ def read_ranking(run: Run) -> Ranking:
     if found is None:
         raise BadRun(f"no ranking in {run.store.location!r} yet: run `dpt-search rank` on it first")
     return Ranking(tuple(found["attn"]), tuple(found["act"]))
+
+
+def read_dense_accuracy(run: Run) -> float | None:
+    """Return the dense model's accuracy on val; None while it is not known."""
+    found: float | None = (run.store.read_json("dense/dense.json") or {}).get("accuracy")
+    return found

@@ -106,6 +106,7 @@ def make_sampler(
     cost: Callable[[Cell], float] = lambda cell: 1.0,
     design: str = "lines",
     hints: Callable[[], Sequence[Hint]] = tuple,
+    dense: float | None = None,
     startup: int = 4,
 ) -> BaseSampler:
     """Make a sampler whose randomness is a function of the seed and the trial's number.
@@ -118,10 +119,11 @@ def make_sampler(
         cost: of one trial of a cell, in any unit; `map` alone looks at it.
         design: what `map` tries first.
         hints: earlier surfaces as `MapSampler` takes them; `map` alone looks at them.
+        dense: the dense model's accuracy; `map` alone looks at it.
         startup: random trials before the models of `tpe` and `gp` count.
     """
     if name == "map":
-        return MapSampler(space, budgets, cost, design=design, hints=hints)
+        return MapSampler(space, budgets, cost, design=design, hints=hints, dense=dense)
     return _Seeded(PURE[name], seed, startup, is_sequence=name in _SEQUENCES)
 
 

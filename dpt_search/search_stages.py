@@ -20,7 +20,7 @@ from dpt_search.posterior import Hint
 from dpt_search.probe_stage import ProbeBeside, is_missing
 from dpt_search.progress import TrialLines
 from dpt_search.recommend import Observation, recommend
-from dpt_search.run import Run, digest_of, read_ranking
+from dpt_search.run import Run, digest_of, read_dense_accuracy, read_ranking
 from dpt_search.samplers import candidate_cells, cell_of, make_sampler, params_of, search_space
 from dpt_search.store import BadRun, Finished, RunStore, TrialLog
 from dpt_search.waiting import Waiting
@@ -139,7 +139,7 @@ def _sampler(run: Run, ranking: Ranking, budgets: Sequence[Goal], hints: Callabl
     config = run.config
     return make_sampler(
         config.sampler, ranking.space, budgets, seed=config.seed + run.reseed, cost=_trial_cost(run, ranking),
-        design=config.design, hints=hints,
+        design=config.design, hints=hints, dense=read_dense_accuracy(run),
     )  # fmt: skip
 
 
@@ -174,7 +174,7 @@ def recommend_stage(run: Run) -> None:
 
     inputs = [
         digest_of(done), str(run.config.budget), run.store.read_json("ranking.json"),
-        [prior_surface(location, ranking.space).tolist() for location in run.config.prior],
+        [prior_surface(location, ranking.space).tolist() for location in run.config.prior], read_dense_accuracy(run),
         *(_file_digest(run, name) for name in ("costs.parquet", "probe.parquet")), *_limits(run),
     ]  # fmt: skip
     run.stage("recommend", inputs, "recommendation.json", work)
@@ -189,7 +189,7 @@ def decide(run: Run, budgets: tuple[Budget, ...]) -> dict[str, Any]:
     """
     ranking, costs, observations = read_ranking(run), cell_costs(run.store), observations_of(run)
     hints = hints_of(run.store, ranking.space, run.config.prior)
-    surface, found = recommend(ranking.space, goals_of(run, budgets), observations, hints)
+    surface, found = recommend(ranking.space, goals_of(run, budgets), observations, hints, read_dense_accuracy(run))
     rows = []
     for budget, each in zip(budgets, found, strict=True):
         plan = ranking.plan(each.cell)

@@ -92,7 +92,9 @@ class Hinted(WholeSquare):
             prior: whether it knows the problem's earlier surface.
         """
         self._hints: list[Hint] = [Hint(problem.prior)] if prior and problem.prior is not None else []
-        sampler = MapSampler(problem.space, problem.budgets, problem.cost, hints=lambda: tuple(self._hints))
+        sampler = MapSampler(
+            problem.space, problem.budgets, problem.cost, hints=lambda: tuple(self._hints), dense=problem.dense
+        )
         super().__init__(problem, "map", sampler)
         self._observed.take_hints(self._hints)
         self._cells: list[Cell] = []
@@ -182,7 +184,7 @@ class InheritedWalk(Walk):
 
 
 def _gp_lattice(problem: Problem) -> Strategy:
-    sampler = MapSampler(problem.space, problem.budgets, problem.cost, degree=0)
+    sampler = MapSampler(problem.space, problem.budgets, problem.cost, degree=0, dense=problem.dense)
     return WholeSquare(problem, "map", sampler, degree=0)
 
 

@@ -54,6 +54,12 @@ class SurfaceTable:
     costs: NDArray[np.float64]
     provenance: dict[str, Any]
 
+    @property
+    def dense(self) -> float | None:
+        """Accuracy of the dense model on val; None where the table does not say."""
+        found: float | None = self.provenance.get("dense_accuracy")
+        return found
+
 
 def write_table(location: str, space: RatioSpace, rows: Sequence[dict[str, Any]], provenance: dict[str, Any]) -> None:
     """Write a table whole.

@@ -43,14 +43,16 @@ def regret(truth: np.ndarray, mean: np.ndarray) -> float:
     return float(np.mean([truth[line].max() - truth[line[mean[line].argmax()]] for line in LINES]))
 
 
+@pytest.mark.parametrize("dense", [None, 0.9])
 @pytest.mark.parametrize("hinted", [False, True])
 @given(seed=st.integers(0, 10_000), n=st.integers(3, 30), added=st.floats(-0.5, 0.5))
 @settings(max_examples=12)
-def test_the_decision_does_not_change_with_a_constant(hinted, seed, n, added):
-    blend = Blend(POINTS, hints=[Hint(quadratic(seed + 1))] if hinted else ())
+def test_the_decision_does_not_change_with_a_constant(dense, hinted, seed, n, added):
+    hints = [Hint(quadratic(seed + 1))] if hinted else ()
     data = observe(quadratic(seed), n, 0.003, seed)
-    plain = blend.posterior(data).mean
-    moved = blend.posterior(Data(data.cells, data.means + added, data.counts, data.scatter)).mean - added
+    plain = Blend(POINTS, hints=hints, dense=dense).posterior(data).mean
+    told = Blend(POINTS, hints=hints, dense=None if dense is None else dense + added)
+    moved = told.posterior(replace(data, means=data.means + added)).mean - added
     np.testing.assert_allclose(moved, plain, atol=2e-4)
     for line, cell in zip(LINES, decision(moved), strict=True):
         assert plain[line].max() - plain[cell] < 4e-4

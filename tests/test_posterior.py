@@ -70,9 +70,10 @@ def test_means_stay_near_what_was_observed(seed, n):
     assert mean.max() < truth.max() + 0.05
 
 
-@given(seed=st.integers(0, 10_000), n=st.integers(1, 30))
-def test_marginal_likelihood_gradient(seed, n):
+@given(seed=st.integers(0, 10_000), n=st.integers(1, 30), known=st.integers(-1, len(POINTS) - 1))
+def test_marginal_likelihood_gradient(seed, n, known):
     data = Data.of(*observe(quadratic(seed), n, 0.004, seed))
+    data = data.knowing(known, 0.8, 0.02) if known >= 0 else data
     hyper = Hyperparameters()
     surface = Surface(POINTS, 2, [Hint(quadratic(seed + 1), 1e-4 * np.eye(len(POINTS)))])
     kernel = FittedKernel(surface._kernel, data.cells)
@@ -136,7 +137,8 @@ def test_pending_trials_count_as_observed_at_their_mean():
     hyper, _ = SURFACE.fit(data)
     plain = SURFACE.posterior(data, hyper)
     cells = np.append(data.cells, [20, 100])
-    told = Data(cells, np.append(data.means, plain.mean[[20, 100]]), np.append(data.counts, [1, 1]), data.scatter)
+    means, counts = np.append(data.means, plain.mean[[20, 100]]), np.append(data.counts, [1, 1])
+    told = Data(cells, means, counts, data.scatter, np.append(data.doubts, [0, 0]))
     expected = SURFACE.posterior(told, hyper)
     found = plain.with_pending(np.array([20, 100]))
     np.testing.assert_allclose(found.mean, expected.mean, atol=1e-6)
@@ -166,3 +168,15 @@ def test_a_trial_tells_of_its_row_and_its_column():
     sd = SURFACE.posterior(data, Hyperparameters(slope=1e-6)).sd.reshape(13, 13)
     assert sd[2, 9] < sd[9, 9]
     assert sd[8, 4] < sd[8, 11]
+
+
+def test_what_is_known_of_a_cell_without_doubt_is_a_trial_of_it():
+    cells, accuracies = observe(quadratic(2), 8, 0.003, 2)
+    data, hyper = Data.of(cells, accuracies), Hyperparameters()
+    free = next(cell for cell in range(len(quadratic(2))) if cell not in cells)
+    tried = SURFACE.posterior(Data.of(np.append(cells, free), np.append(accuracies, 0.7)), hyper)
+    known = SURFACE.posterior(data.knowing(free, 0.7, 0.0), hyper)
+    np.testing.assert_allclose(known.mean, tried.mean, atol=1e-9)
+    np.testing.assert_allclose(known.covariance, tried.covariance, atol=1e-9)
+    doubted = SURFACE.posterior(data.knowing(free, 0.7, 1e3), hyper)
+    np.testing.assert_allclose(doubted.mean, SURFACE.posterior(data, hyper).mean, atol=1e-4)

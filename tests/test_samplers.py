@@ -122,6 +122,16 @@ class TestMapSampler:
     def test_begins_with_its_design(self):
         assert sequence("map", SEVERAL, 4) == initial_design(SPACE, SEVERAL)
 
+    def test_one_trial_is_enough_to_begin_with_where_the_dense_model_is_known(self):
+        sampler = MapSampler(SPACE, SEVERAL, dense=0.9)
+        middle = initial_design(SPACE, SEVERAL)[0]
+        assert list(SPACE)[sampler.next_cell([], [])] == middle
+        under_way = [list(SPACE).index(middle)]
+        for _ in range(8):
+            under_way.append(sampler.next_cell([], under_way))
+        assert len(set(under_way)) == 9, "with more workers than that the next ones are chosen, each another"
+        assert {list(SPACE)[cell] for cell in under_way} <= {cell for goal in SEVERAL for cell in goal.cells}
+
     @pytest.mark.parametrize("design", DESIGNS)
     def test_every_design_comes_first_and_lies_in_the_space(self, design):
         sampler = make_sampler("map", SPACE, SEVERAL, seed=0, design=design)

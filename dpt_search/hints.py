@@ -19,6 +19,10 @@ PROBE_TRUST = 8.0
 """Of a probe: those of real surfaces all helped, and trials take it back soon enough where one does not. With less,
 first trials that tell little blur what it knows. An earlier run is another matter: a surface of CIFAR-10, trusted as
 much, misleads a search on Fashion-MNIST for long."""
+PROBE_PARTS = (0.85, 0.6, 0.2)
+"""What of a probe's losses by attentions, by activations, and by both at once beyond their sum, is left once a plan was
+trained alone: about the least-squares coefficients on three real surfaces (`benchmarks/probe_worth.py`). Weights that
+all plans share cannot make up for what one of them lacks, least of all where it lacks much of both kinds."""
 
 
 def hints_of(store: RunStore, space: RatioSpace, priors: Sequence[str] = ()) -> list[Hint]:
@@ -43,7 +47,7 @@ def smooth(space: RatioSpace, cells: Sequence[Cell], accuracies: Array) -> Hint:
     index = {cell: i for i, cell in enumerate(space)}
     data = Data.of(np.array([index[cell] for cell in cells]), accuracies)
     found = Surface(ratios(space), degree=0).posterior(data)
-    return Hint(found.mean, found.covariance, PROBE_TRUST)
+    return Hint(found.mean, found.covariance, PROBE_TRUST, PROBE_PARTS)
 
 
 def prior_surface(location: str, space: RatioSpace) -> Array:

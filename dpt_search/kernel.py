@@ -163,6 +163,15 @@ def _last_with_itself(most: int) -> Array:
     return found
 
 
+def levels_of(points: Array) -> np.ndarray:
+    """Return the number of units of each kind that every cell removes, [2, cells].
+
+    Args:
+        points: [cells, 2], the ratios of every cell of a full lattice.
+    """
+    return np.stack([np.unique(points[:, axis], return_inverse=True)[1] for axis in (0, 1)])
+
+
 def parts_of(hint: Array, rows: np.ndarray, columns: np.ndarray) -> Array:
     """Return [cells, 3]: a hint's mean over each row, over each column, and what they leave."""
     centred = hint - hint.mean()

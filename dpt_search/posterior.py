@@ -15,9 +15,9 @@ The residual is made for what real surfaces look like:
 - the removal of the last unit of a kind is a cliff, taken to be one until seen otherwise: without any attention tokens
   cannot mix. Cells beyond it tell little of the others.
 
-A hint is an earlier surface, such as the elastic probe's. Its coefficient is learnt, from 1 on for the first hint and
-from 0 on for others, and so is one each for its mean over rows, its mean over columns and what they leave, because one
-kind of unit may recover better than the hint knows. What the first hint itself is not sure of is so much more for the
+A hint is an earlier surface, such as the elastic probe's. Its coefficient is learnt, from what is expected of the first
+hint and from 0 on for others, and so is one each for its mean over rows, its mean over columns and what they leave, because
+one kind of unit may recover better than the hint knows. What the first hint itself is not sure of is so much more for the
 residual to explain, in the way it is unsure: a surface through a few cells is only as good as that between them.
 """
 
@@ -32,7 +32,7 @@ from scipy.linalg import solve_triangular
 from scipy.linalg.lapack import dpotrf, dpotri
 from scipy.optimize import minimize
 
-from dpt_search.kernel import FittedKernel, Hyperparameters, Kernel, parts_of
+from dpt_search.kernel import FittedKernel, Hyperparameters, Kernel, levels_of, parts_of
 from dpt_search.map_predictor import Array, monomials
 
 _JITTER = 1e-10
@@ -116,11 +116,22 @@ class Hint:
         mean: [cells], in units of accuracy.
         covariance: [cells, cells] of what it is not sure of; None where that is not known.
         trust: how many times as likely it is, before any trial, that it helps than that it does not.
+        parts: what is expected of the coefficients of its mean over rows (attentions), of its mean over columns
+            (activations) and of what they leave.
     """
 
     mean: Array
     covariance: Array | None = None
     trust: float = 0.3
+    parts: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+    def expected(self, points: Array) -> Array:
+        """Return the accuracies that it lets expect, but for a constant, [cells].
+
+        Args:
+            points: [cells, 2], the ratios of every cell of its lattice.
+        """
+        return parts_of(self.mean, *levels_of(points)) @ np.array(self.parts)
 
 
 @dataclass(frozen=True)
@@ -163,7 +174,7 @@ class Surface:
             hints: earlier surfaces.
         """
         points = np.asarray(points, dtype=np.float64)
-        levels = np.stack([np.unique(points[:, axis], return_inverse=True)[1] for axis in (0, 1)])
+        levels = levels_of(points)
         features = {}
         if degree:
             features["slope"] = monomials(points, degree)[:, 1:]
@@ -172,7 +183,7 @@ class Surface:
             features["shape"] = np.concatenate([parts_of(hint.mean, *levels) for hint in hints], axis=1)
         self.hinted = bool(hints)
         self._everywhere = np.arange(len(points))
-        self._hinted = hints[0].mean - hints[0].mean.mean() if hints else np.zeros(len(points))
+        self._hinted = hints[0].expected(points) if hints else np.zeros(len(points))
         self._edges = np.stack([(level == level.max()) & (level > 0) for level in levels]).astype(np.float64)
         self._kernel = Kernel(levels, features, hints[0].covariance if hints else None)
         self.names = (*features, *_ALWAYS)

@@ -112,7 +112,7 @@ class Observed:
         """
         mean = self.posterior_mean()
         if mean is None and self._hints:
-            mean = self._hints[0].mean
+            mean = self._hints[0].expected(ratios(self._problem.space))
         if mean is None:
             return [line[len(line) // 2] for line in self._lines]
         return [max(line, key=lambda cell: mean[self._index[cell]]) for line in self._lines]

@@ -4,10 +4,12 @@
 
 TABLE is a surface that `dpt-search tabulate` wrote, each PROBES what `tabulate --probes N` wrote of the same model,
 with other epochs, say. Costs are in trials of the dense model. Kendall's tau is to the mean of the table's trials, over
-all cells that both have and within the budget lines, averaged over lines and probe seeds. Replays of `map` decide all
-of the default budgets at once, as `dpt-search compare` does. How much of the evaluation shared prefixes of the network
-would save, were every prefix of the evaluated plans computed once, follows from the plans: with a block's attention
-counted as one, its two linear layers as two, and as half once they are merged.
+all cells that both have and within the budget lines, averaged over lines and probe seeds. The coefficients are what of
+the probe's losses is left in the trials, by least squares over the feasible cells: of its losses by attentions, by
+activations, and by both at once beyond their sum. Replays of `map` decide all of the default budgets at once, as
+`dpt-search compare` does. How much of the evaluation shared prefixes of the network would save, were every prefix of
+the evaluated plans computed once, follows from the plans: with a block's attention counted as one, its two linear
+layers as two, and as half once they are merged.
 """
 
 import argparse
@@ -60,7 +62,8 @@ def worth(table: SurfaceTable, location: str, place: str, seeds: int, max_trials
     cells = said.evaluated(table.space, budgets)
     found = {
         "epochs": epochs, "training": said.training, "evaluation": sum(said.costs[cell] for cell in cells),
-        "cells": len(cells), **taus(table, probes, budgets), "shared_prefixes_save": saved(location, cells),
+        "cells": len(cells), **taus(table, probes, budgets), "left": left(table, probes, budgets),
+        "shared_prefixes_save": saved(location, cells),
     }  # fmt: skip
     told = {"seeds": seeds, "workers": 1, "max_trials": max_trials, "processes": os.cpu_count() or 1}
     traces = compare(table, ["map"], budgets, probes=probes, **told)["map"]
@@ -70,6 +73,8 @@ def worth(table: SurfaceTable, location: str, place: str, seeds: int, max_trials
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(_shown(each) for each in value) + "]"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
@@ -84,6 +89,25 @@ def taus(table: SurfaceTable, probes: ProbeSeeds, budgets: Sequence[Goal]) -> di
 
     within = [value for line in lines if len(line) > 2 for value in tau(line)]
     return {"tau": float(np.mean(tau(both))), "tau_within_lines": float(np.nanmean(within))}
+
+
+def left(table: SurfaceTable, probes: ProbeSeeds, budgets: Sequence[Goal]) -> list[list[float]]:
+    """Return, per probe seed, the coefficients of the probe's three parts that fit the trials best.
+
+    Cells beyond a kind's cliff, without any unit of it, are left out.
+    """
+    truth = dict(zip(table.cells, np.nanmean(table.accuracies, axis=1), strict=True))
+    feasible = {cell for budget in budgets for cell in budget.cells} & truth.keys()
+    most = table.space.n_attn, table.space.n_act
+    chosen = [i for i, c in enumerate(probes.cells) if c in feasible and c.n_attn < most[0] and c.n_act < most[1]]
+    cells, found = [probes.cells[i] for i in chosen], []
+    attn, act = np.eye(most[0] + 1)[[c.n_attn for c in cells]], np.eye(most[1] + 1)[[c.n_act for c in cells]]
+    for said in probes.accuracies[chosen].T:
+        losses = np.linalg.lstsq(np.concatenate([attn, act], axis=1), said, rcond=None)[0]
+        by_attn, by_act = attn @ losses[: most[0] + 1], act @ losses[most[0] + 1 :]
+        parts = np.stack([np.ones(len(cells)), by_attn, by_act, said - by_attn - by_act], axis=1)
+        found.append(np.linalg.lstsq(parts, np.array([truth[cell] for cell in cells]), rcond=None)[0][1:].tolist())
+    return found
 
 
 def saved(location: str, cells: list[Cell]) -> float:

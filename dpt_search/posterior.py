@@ -16,9 +16,10 @@ The residual is made for what real surfaces look like:
   cannot mix. Cells beyond it tell little of the others.
 
 A hint is an earlier surface, such as the elastic probe's. Its coefficient is learnt, from what is expected of the first
-hint and from 0 on for others, and so is one each for its mean over rows, its mean over columns and what they leave, because
-one kind of unit may recover better than the hint knows. What the first hint itself is not sure of is so much more for the
-residual to explain, in the way it is unsure: a surface through a few cells is only as good as that between them.
+hint and from 0 on for others, and so is one each for its mean over rows, its mean over columns and what they leave,
+because one kind of unit may recover better than the hint knows. What the first hint itself is not sure of is so much
+more for the residual to explain, in the way it is unsure: a surface through a few cells is only as good as that between
+them.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from dpt_search.config import BadConfig
 from dpt_search.hints import hints_of, prior_surface, resampled, smooth
 from dpt_search.map_sampler import ratios
+from dpt_search.posterior import Hint
 from dpt_search.probe_table import write_probe
 from dpt_search.store import RunStore
 from search_spaces.ratios import Cell, RatioSpace, spread
@@ -26,6 +27,15 @@ def test_some_cells_make_the_whole_surface():
     found = smooth(SPACE, cells, surface(SPACE)[[INDEX[cell] for cell in cells]])
     inner = [INDEX[cell] for cell in SPACE if cell.n_attn < 6 and cell.n_act < 8]
     assert np.abs(found.mean - surface(SPACE))[inner].max() < 0.01
+
+
+@given(st.tuples(*[st.floats(0, 1.5)] * 3))
+def test_each_part_of_a_hint_is_expected_by_its_own_coefficient(parts):
+    attn, act = ratios(SPACE).T
+    own, crossed = attn - 0.5, act - 0.5
+    found = Hint(0.8 - 0.1 * own - 0.3 * crossed - 0.2 * own * crossed, parts=parts).expected(ratios(SPACE))
+    told = -0.1 * parts[0] * own - 0.3 * parts[1] * crossed - 0.2 * parts[2] * own * crossed
+    np.testing.assert_allclose(found - found.mean(), told, atol=1e-12)
 
 
 @given(st.integers(0, 5), st.integers(0, 5), st.integers(0, 7), st.integers(0, 7))

@@ -46,6 +46,14 @@ def test_one_observation_is_enough_to_answer():
     assert found[1].probability_best == 1.0
 
 
+def test_the_dense_models_accuracy_tells_of_the_cell_without_removals():
+    budgets = unit_goals(SPACE, 4)
+    plain, _ = recommend(SPACE, budgets, observed((3, 3, 0.6)))
+    told, _ = recommend(SPACE, budgets, observed((3, 3, 0.6)), dense=0.9)
+    assert abs(told["mean"][0][0] - 0.9) < 0.03 < 0.1 < abs(plain["mean"][0][0] - 0.9)
+    assert told["sd"][0][0] < 0.03 < plain["sd"][0][0]
+
+
 def test_the_surface_is_laid_out_by_attention_then_activation():
     surface, _ = recommend(SPACE, unit_goals(SPACE, 4), observed((0, 0, 0.9), (6, 0, 0.3), (0, 6, 0.8), (3, 3, 0.7)))
     assert surface["mean"][6][0] < 0.5 < surface["mean"][0][6]

@@ -25,7 +25,6 @@ from scipy.stats import kendalltau
 from dpt_search.compare import POINT, Judge
 from dpt_search.compare_report import TARGETS, budgets_of
 from dpt_search.curves import Curve, mean_curve
-from dpt_search.parquet import from_bytes
 from dpt_search.probe_seeds import ProbeSeeds, read_probes
 from dpt_search.replays import compare
 from dpt_search.surface_table import SurfaceTable, read_rows, read_table
@@ -56,12 +55,11 @@ def main() -> None:
 def worth(table: SurfaceTable, location: str, place: str, seeds: int, max_trials: int) -> dict:
     probes, budgets = read_probes(place), budgets_of("", table.space)
     assert probes is not None, f"{place} does not exist"
-    epochs = json.loads(from_bytes(Path(place).read_bytes()).schema.metadata[b"probes"])["recipe"]["epochs"]
     said = Judge(table, budgets, 0, probes).probe
     assert said is not None
     cells = said.evaluated(table.space, budgets)
     found = {
-        "epochs": epochs, "training": said.training, "evaluation": sum(said.costs[cell] for cell in cells),
+        "epochs": probes.epochs, "training": said.training, "evaluation": sum(said.costs[cell] for cell in cells),
         "cells": len(cells), **taus(table, probes, budgets), "left": left(table, probes, budgets),
         "shared_prefixes_save": saved(location, cells),
     }  # fmt: skip

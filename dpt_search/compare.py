@@ -106,6 +106,7 @@ class Judge:
             dict(zip(probes.cells, said, strict=True)),
             dict(zip(probes.cells, costs, strict=True)),
             probes.training_cost / dense,
+            probes.epochs,
         )
 
     def tau(self, surface: Array | None) -> float:

@@ -19,10 +19,11 @@ PROBE_TRUST = 8.0
 """Of a probe: those of real surfaces all helped, and trials take it back soon enough where one does not. With less,
 first trials that tell little blur what it knows. An earlier run is another matter: a surface of CIFAR-10, trusted as
 much, misleads a search on Fashion-MNIST for long."""
-PROBE_PARTS = (0.85, 0.6, 0.2)
-"""What of a probe's losses by attentions, by activations, and by both at once beyond their sum, is left once a plan was
-trained alone: about the least-squares coefficients on three real surfaces (`benchmarks/probe_worth.py`). Weights that
-all plans share cannot make up for what one of them lacks, least of all where it lacks much of both kinds."""
+PROBE_PARTS = (0.85, 0.3, 0.2)
+"""What of a probe's losses by attentions, by activations (for each of its epochs, up to all of them), and by both at
+once beyond their sum, is left once a plan was trained alone: about the least-squares coefficients on three real
+surfaces (`benchmarks/probe_worth.py`). Weights that all plans share cannot make up for what one of them lacks, least
+of all where it lacks much of both kinds."""
 
 
 def hints_of(store: RunStore, space: RatioSpace, priors: Sequence[str] = ()) -> list[Hint]:
@@ -38,16 +39,24 @@ def hints_of(store: RunStore, space: RatioSpace, priors: Sequence[str] = ()) -> 
         BadRun: the probe's table cannot be read.
     """
     probe = read_probe(store)
-    own = [] if probe is None else [smooth(space, probe.cells, probe.accuracies)]
+    own = [] if probe is None else [smooth(space, probe.cells, probe.accuracies, probe.epochs)]
     return own + [Hint(prior_surface(location, space)) for location in priors]
 
 
-def smooth(space: RatioSpace, cells: Sequence[Cell], accuracies: Array) -> Hint:
-    """Return the smooth surface through the accuracies of some cells, and how sure it is between them."""
+def smooth(space: RatioSpace, cells: Sequence[Cell], accuracies: Array, epochs: int) -> Hint:
+    """Return the smooth surface through a probe's accuracies of some cells, and how sure it is between them.
+
+    Args:
+        space: the lattice.
+        cells: that the probe evaluated.
+        accuracies: [cells], of each.
+        epochs: of the probe's training.
+    """
     index = {cell: i for i, cell in enumerate(space)}
     data = Data.of(np.array([index[cell] for cell in cells]), accuracies)
     found = Surface(ratios(space), degree=0).posterior(data)
-    return Hint(found.mean, found.covariance, PROBE_TRUST, PROBE_PARTS)
+    by_attn, by_act, by_both = PROBE_PARTS
+    return Hint(found.mean, found.covariance, PROBE_TRUST, (by_attn, min(1.0, by_act * epochs), by_both))
 
 
 def prior_surface(location: str, space: RatioSpace) -> Array:

@@ -40,12 +40,14 @@ class ProbeSeeds:
         accuracies: with the shared weights of each seed, shape (cells, seeds).
         costs: of one evaluation of each cell, images times MACs, shape (cells,).
         training_cost: of the shared weights of one seed, images times MACs.
+        epochs: of their training.
     """
 
     cells: list[Cell]
     accuracies: NDArray[np.float64]
     costs: NDArray[np.float64]
     training_cost: float
+    epochs: int
 
 
 def tabulate_probes(run: Run, seeds: int, cells: list[Cell]) -> str:
@@ -125,4 +127,4 @@ def read_probes(location: str) -> ProbeSeeds | None:
     for row in rows:
         where = position[Cell(row["n_attn"], row["n_act"])]
         accuracies[where, row["seed"]], costs[where] = row["accuracy"], row["cost"]
-    return ProbeSeeds(cells, accuracies, costs, about["training_cost"])
+    return ProbeSeeds(cells, accuracies, costs, about["training_cost"], about["recipe"]["epochs"])

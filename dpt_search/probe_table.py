@@ -36,6 +36,12 @@ class ProbeTable:
     accuracies: NDArray[np.float64]
     about: dict[str, Any]
 
+    @property
+    def epochs(self) -> int:
+        """Of the shared weights' training."""
+        found: int = self.about["epochs"]
+        return found
+
 
 def write_probe(store: RunStore, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
     """Write the rows, with the columns of `SCHEMA`, and what they were made with."""

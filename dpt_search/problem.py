@@ -27,11 +27,13 @@ class Probe:
         accuracies: of each cell that the table of probes has.
         costs: of evaluating each.
         training: cost of the shared weights.
+        epochs: of their training.
     """
 
     accuracies: dict[Cell, float]
     costs: dict[Cell, float]
     training: float
+    epochs: int
 
     def evaluated(self, space: RatioSpace, budgets: Sequence[Goal]) -> list[Cell]:
         """Return the cells that a run evaluates by default."""

@@ -105,7 +105,8 @@ class Hinted(WholeSquare):
     def take_probe(self) -> None:
         assert self._problem.probe is not None
         accuracies = np.array([self._problem.probe.accuracies[cell] for cell in self._cells])
-        self._hints = [smooth(self._problem.space, self._cells, accuracies), *self._hints]
+        found = smooth(self._problem.space, self._cells, accuracies, self._problem.probe.epochs)
+        self._hints = [found, *self._hints]
         self._observed.take_hints(self._hints)
 
 

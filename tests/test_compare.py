@@ -173,7 +173,7 @@ def probes(seeds: int = 2, noise: float = 0.003) -> ProbeSeeds:
     generator, cells = np.random.default_rng(5), list(SPACE)
     truths = np.array([truth(cell) - 0.05 for cell in cells])
     accuracies = truths[:, None] + noise * generator.standard_normal((len(cells), seeds))
-    return ProbeSeeds(cells, accuracies, np.full(len(cells), 2.0), 150.0)
+    return ProbeSeeds(cells, accuracies, np.full(len(cells), 2.0), 150.0, epochs=2)
 
 
 class TestProbe:

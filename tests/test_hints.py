@@ -24,7 +24,7 @@ def surface(space: RatioSpace) -> np.ndarray:
 
 def test_some_cells_make_the_whole_surface():
     cells = [cell for cell in spread(SPACE, list(SPACE)) if cell.n_attn < 6 and cell.n_act < 8][:25]
-    found = smooth(SPACE, cells, surface(SPACE)[[INDEX[cell] for cell in cells]])
+    found = smooth(SPACE, cells, surface(SPACE)[[INDEX[cell] for cell in cells]], epochs=2)
     inner = [INDEX[cell] for cell in SPACE if cell.n_attn < 6 and cell.n_act < 8]
     assert np.abs(found.mean - surface(SPACE))[inner].max() < 0.01
 
@@ -56,7 +56,7 @@ def test_the_probe_comes_first_then_every_prior(tmp_path):
     probed = [
         {"n_attn": c.n_attn, "n_act": c.n_act, "plan": "", "accuracy": 0.7 - c.total / 50, "images": 9} for c in cells
     ]
-    write_probe(store, probed, {"cost": 1.0})
+    write_probe(store, probed, {"cost": 1.0, "epochs": 2})
     found = hints_of(store, SPACE, [prior.location, prior.location])
     assert len(found) == 3
     assert found[0].mean[INDEX[Cell(0, 0)]] == pytest.approx(0.7, abs=0.02)

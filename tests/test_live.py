@@ -98,7 +98,7 @@ class TestWhatWouldHaveBeenDecided:
             {"n_attn": c.n_attn, "n_act": c.n_act, "plan": "", "accuracy": 0.9 - c.n_attn / 10, "images": 24}
             for c in (Cell(0, 0), Cell(2, 0), Cell(0, 2), Cell(4, 0), Cell(0, 4))
         ]
-        write_probe(each.run.store, rows, {"cost": 2 * unit})
+        write_probe(each.run.store, rows, {"cost": 2 * unit, "epochs": 2})
         each.run.store.write_json("stages/probe.json", {"inputs": "", "finished_at": 15.0, "seconds": 1.0})
         return each
 

@@ -56,7 +56,8 @@ def smooth(space: RatioSpace, cells: Sequence[Cell], accuracies: Array, epochs: 
     data = Data.of(np.array([index[cell] for cell in cells]), accuracies)
     found = Surface(ratios(space), degree=0).posterior(data)
     by_attn, by_act, by_both = PROBE_PARTS
-    return Hint(found.mean, found.covariance, PROBE_TRUST, (by_attn, min(1.0, by_act * epochs), by_both))
+    parts = by_attn, min(1.0, by_act * epochs), by_both
+    return Hint(found.mean, found.covariance, PROBE_TRUST, parts, doubt=1.0)
 
 
 def prior_surface(location: str, space: RatioSpace) -> Array:

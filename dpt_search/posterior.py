@@ -119,12 +119,15 @@ class Hint:
         trust: how many times as likely it is, before any trial, that it helps than that it does not.
         parts: what is expected of the coefficients of its mean over rows (attentions), of its mean over columns
             (activations) and of what they leave.
+        doubt: how much wider than a probe's these coefficients spread; between data sets and models they go from a
+            tenth to three.
     """
 
     mean: Array
     covariance: Array | None = None
     trust: float = 0.3
     parts: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    doubt: float = 4.0
 
     def expected(self, points: Array) -> Array:
         """Return the accuracies that it lets expect, but for a constant, [cells].
@@ -181,7 +184,7 @@ class Surface:
             features["slope"] = monomials(points, degree)[:, 1:]
         if hints:
             features["hint"] = np.stack([hint.mean - hint.mean.mean() for hint in hints], axis=1)
-            features["shape"] = np.concatenate([parts_of(hint.mean, *levels) for hint in hints], axis=1)
+            features["shape"] = np.concatenate([h.doubt * parts_of(h.mean, *levels) for h in hints], axis=1)
         self.hinted = bool(hints)
         self._everywhere = np.arange(len(points))
         self._hinted = hints[0].expected(points) if hints else np.zeros(len(points))

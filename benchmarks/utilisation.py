@@ -150,7 +150,7 @@ def simulated(workers: int) -> dict[str, Any]:
     table = read_table(str(TABLE))
     budgets = budgets_of("", table.space)
     judge = Judge(table, budgets, seed=0)
-    strategy = STRATEGIES["map/no-probe"](Problem(table.space, budgets, judge.cost, seed=0))
+    strategy = STRATEGIES["map/no-probe"](Problem(table.space, budgets, judge.cost, seed=0, dense=table.dense))
     free = [0.0] * workers
     running: list[tuple[float, int, Cell]] = []
     driver, asking, spans = 0.0, list[float](), list[tuple[float, float]]()

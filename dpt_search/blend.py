@@ -85,7 +85,10 @@ class Blend:
         return Posterior(_fenced(mean, seen.min(), seen.max()), covariance, noise)
 
     def _told(self, data: Data) -> Data:
-        return data if self._dense is None else data.knowing(self._whole, self._dense, DENSE_SD)
+        # A trial without removals says itself what the dense model's accuracy lets expect.
+        if self._dense is None or self._whole in data.cells:
+            return data
+        return data.knowing(self._whole, self._dense, DENSE_SD)
 
 
 def _normalised(logarithms: Array) -> Array:

@@ -21,8 +21,8 @@ first trials that tell little blur what it knows. An earlier run is another matt
 much, misleads a search on Fashion-MNIST for long."""
 PROBE_PARTS = (0.85, 0.3, 0.2)
 """What of a probe's losses by attentions, by activations (for each of its epochs, up to all of them), and by both at
-once beyond their sum, is left once a plan was trained alone: about the least-squares coefficients on three real
-surfaces (`benchmarks/probe_worth.py`). Weights that all plans share cannot make up for what one of them lacks, least
+once beyond their sum, is left once a plan was trained alone: rounded from what was left on three real surfaces
+(`benchmarks/probe_worth.py`). Weights that all plans share cannot make up for what one of them lacks, least
 of all where it lacks much of both kinds."""
 
 
@@ -57,7 +57,7 @@ def smooth(space: RatioSpace, cells: Sequence[Cell], accuracies: Array, epochs: 
     found = Surface(ratios(space), degree=0).posterior(data)
     by_attn, by_act, by_both = PROBE_PARTS
     parts = by_attn, min(1.0, by_act * epochs), by_both
-    return Hint(found.mean, found.covariance, PROBE_TRUST, parts, doubt=1.0)
+    return Hint(found.mean, found.covariance, PROBE_TRUST, parts, spread=1.0)
 
 
 def prior_surface(location: str, space: RatioSpace) -> Array:

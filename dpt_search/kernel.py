@@ -19,8 +19,8 @@ class Hyperparameters:
 
     Attributes:
         slope: prior sd of the polynomial's coefficients of degree >= 1, over ratios from 0 to 1.
-        hint: prior sd of each hint's coefficient about 1 for the first, about 0 for the others.
-        shape: prior sd of the coefficients of each hint's parts.
+        hint: prior sd of each hint's coefficient about what is expected of the first, about 0 for the others.
+        shape: prior sd of the coefficients of each hint's parts, times the hint's `spread`.
         step: sd of the loss by each single unit, about what the smooth parts say.
         own: sd of what a cell has to itself: its accuracy, not its trials' noise.
         single: sd of the residual's function of one kind.

@@ -54,7 +54,7 @@ class MapSampler(BaseSampler):
             budgets: what the search has to decide, each with the cells it is decided among.
             cost: of one trial of a cell, in any unit.
             degree: total degree of the polynomial mean; 0 leaves a constant one.
-            design: name in `DESIGNS` of what to try first.
+            design: name in `DESIGNS` of what to try first; of `lines` the first cell alone where `dense` is known.
             hints: asked before every proposal for the earlier surfaces there are by now; there may come more.
             dense: the dense model's accuracy, or less its loss, which is nearly that of a trial without removals; None
                 where it is not known.
@@ -155,6 +155,9 @@ class MapSampler(BaseSampler):
         worth[[cell for cell in failed if cell not in succeeded]] = -np.inf
         others = worth.copy()
         others[pending] = -np.inf
+        if worth.max() == -np.inf:
+            # Every feasible cell failed: one of them again, as without a belief.
+            return int(self._lines[-1][0])
         # A cell under way is begun again only where nothing else is worth a trial.
         return int(np.argmax(others if others.max() > 0 else worth))
 

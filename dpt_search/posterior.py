@@ -63,14 +63,14 @@ class Data:
         means: [k] mean accuracy of its trials.
         counts: [k] number of its trials.
         scatter: sum of squared differences of the trials from their cells' means.
-        doubts: [k] variance of each about its cell's true accuracy, beside the trials' noise: 0 for trials.
+        extra: [k] variance of each about its cell's true accuracy, beside the trials' noise: 0 for trials.
     """
 
     cells: np.ndarray
     means: Array
     counts: Array
     scatter: float
-    doubts: Array
+    extra: Array
 
     @classmethod
     def of(cls, cells: np.ndarray, accuracies: Array) -> Data:
@@ -97,7 +97,7 @@ class Data:
         """
         return Data(
             np.r_[cell, self.cells], np.r_[accuracy, self.means], np.r_[1.0, self.counts], self.scatter,
-            np.r_[sd**2, self.doubts],
+            np.r_[sd**2, self.extra],
         )  # fmt: skip
 
     def thinned(self, most: int) -> Data:
@@ -106,7 +106,7 @@ class Data:
             return self
         kept = np.linspace(0, len(self.cells) - 1, most).round().astype(int)
         share = float(np.sum(self.counts[kept] - 1) / max(1.0, np.sum(self.counts - 1)))
-        return Data(self.cells[kept], self.means[kept], self.counts[kept], share * self.scatter, self.doubts[kept])
+        return Data(self.cells[kept], self.means[kept], self.counts[kept], share * self.scatter, self.extra[kept])
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Hint:
         trust: how many times as likely it is, before any trial, that it helps than that it does not.
         parts: what is expected of the coefficients of its mean over rows (attentions), of its mean over columns
             (activations) and of what they leave.
-        doubt: how much wider than a probe's these coefficients spread; between data sets and models they go from a
+        spread: how much wider than a probe's these coefficients spread; between data sets and models they go from a
             tenth to three.
     """
 
@@ -127,7 +127,7 @@ class Hint:
     covariance: Array | None = None
     trust: float = 0.3
     parts: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    doubt: float = 4.0
+    spread: float = 4.0
 
     def expected(self, points: Array) -> Array:
         """Return the accuracies that it lets expect, but for a constant, [cells].
@@ -184,7 +184,7 @@ class Surface:
             features["slope"] = monomials(points, degree)[:, 1:]
         if hints:
             features["hint"] = np.stack([hint.mean - hint.mean.mean() for hint in hints], axis=1)
-            features["shape"] = np.concatenate([h.doubt * parts_of(h.mean, *levels) for h in hints], axis=1)
+            features["shape"] = np.concatenate([h.spread * parts_of(h.mean, *levels) for h in hints], axis=1)
         self.hinted = bool(hints)
         self._everywhere = np.arange(len(points))
         self._hinted = hints[0].expected(points) if hints else np.zeros(len(points))
@@ -207,7 +207,7 @@ class Surface:
         hyper = hyper or self.fit(data)[0]
         asked = self._everywhere if cells is None else cells
         seen = self._kernel.between(hyper, data.cells, data.cells)
-        lower = np.linalg.cholesky(seen + np.diag(hyper.noise**2 / data.counts + data.doubts + _JITTER))
+        lower = np.linalg.cholesky(seen + np.diag(hyper.noise**2 / data.counts + data.extra + _JITTER))
         half = solve_triangular(lower, self._kernel.between(hyper, data.cells, asked), lower=True, check_finite=False)
         expected = self._mean(hyper)
         told = np.stack([np.ones(len(data.cells)), data.means - expected[data.cells]], axis=1)
@@ -259,7 +259,7 @@ class Surface:
         """Return the value (up to a constant) and its gradient in the logarithm of each hyperparameter."""
         covariance, derivatives = kernel.at(hyper)
         noise = hyper.noise**2 / data.counts
-        np.fill_diagonal(covariance, covariance.diagonal() + noise + data.doubts + _JITTER)
+        np.fill_diagonal(covariance, covariance.diagonal() + noise + data.extra + _JITTER)
         inverse, log_determinant = _inverted(covariance)
         ones = inverse.sum(1)
         total = float(ones.sum())

@@ -29,18 +29,14 @@ class ProbeTable:
     Attributes:
         cells: the cells that were evaluated; the dense model's is always one of them.
         accuracies: of each with the shared weights, on the split `probe`; shape (cells,).
-        about: epochs, cost (images times MACs), seconds and so on, as plain data.
+        epochs: of the shared weights' training.
+        about: cost (images times MACs), seconds and so on, as plain data.
     """
 
     cells: list[Cell]
     accuracies: NDArray[np.float64]
+    epochs: int
     about: dict[str, Any]
-
-    @property
-    def epochs(self) -> int:
-        """Of the shared weights' training."""
-        found: int = self.about["epochs"]
-        return found
 
 
 def write_probe(store: RunStore, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
@@ -60,9 +56,10 @@ def read_probe(store: RunStore) -> ProbeTable | None:
     try:
         table = from_bytes(store.read(NAME))
         about = json.loads((table.schema.metadata or {})[b"probe"])
+        epochs = int(about["epochs"])
         rows = [(Cell(row["n_attn"], row["n_act"]), row["accuracy"]) for row in table.to_pylist()]
     except (pa.ArrowException, ValueError, KeyError) as error:
         raise BadRun(
             f"cannot read {store.path(NAME)} ({first_line(error)}): remove it to have the probe made again"
         ) from None
-    return ProbeTable([cell for cell, _ in rows], np.array([accuracy for _, accuracy in rows]), about)
+    return ProbeTable([cell for cell, _ in rows], np.array([accuracy for _, accuracy in rows]), epochs, about)

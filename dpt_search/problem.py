@@ -50,8 +50,8 @@ class Problem:
         budgets: what is to be decided, each with the cells it is decided among.
         cost: of one trial of a cell.
         seed: of all randomness.
-        probe: what an elastic probe would say, and cost; None where that is not known.
         dense: the dense model's accuracy; None where that is not known.
+        probe: what an elastic probe would say, and cost; None where that is not known.
         prior: [cells], an earlier run's surface; None without one.
         walks: the published walks as recorded; none where they are not known.
     """

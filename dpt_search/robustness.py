@@ -2,8 +2,8 @@
 
 A draw adds noise to the accuracy of every trial. Whatever the decision rests on is learnt again from the disturbed
 trials, hyperparameters and weights of models too: they are part of how it was made, and a draw that kept them would
-show another procedure. Hints, which are no trials, stay as they are. What a move costs is judged by the undisturbed
-surface.
+show another procedure. Hints and the dense model's accuracy, which are no trials, stay as they are. What a move costs
+is judged by the undisturbed surface.
 
 Disturbed trials carry noise twice, their own and the draw's, and what is learnt from them knows: it trusts each trial
 less. So a near tie may tip to one side in most draws; its cost tells that it was one.

@@ -129,7 +129,7 @@ def _of_run(run: Run, budgets: Sequence[Budget]) -> Samples:
     hints = hints_of(run.store, space, run.config.prior)
     cells, accuracies = [each.plan.cell for each in observations], [each.accuracy for each in observations]
     decided, dense = goals_of(run, budgets), read_dense_accuracy(run)
-    return _believed(run.config.run_dir, space, decided, cells, accuracies, dense, hints)
+    return _believed(run.config.run_dir, space, decided, cells, accuracies, hints, dense)
 
 
 def _of_table(location: str, budgets: Sequence[Budget]) -> Samples:
@@ -141,7 +141,7 @@ def _of_table(location: str, budgets: Sequence[Budget]) -> Samples:
 
     resolved = _resolved(budgets, table.space) if budgets else budgets_of("", table.space)
     cells, accuracies = [table.cells[row] for row in rows], table.accuracies[rows, seeds].tolist()
-    return _believed(location, table.space, resolved, cells, accuracies, table.dense)
+    return _believed(location, table.space, resolved, cells, accuracies, dense=table.dense)
 
 
 def _believed(
@@ -150,8 +150,8 @@ def _believed(
     budgets: tuple[Goal, ...],
     cells: Sequence[Cell],
     accuracies: Sequence[float],
-    dense: float | None,
     hints: Sequence[Hint] = (),
+    dense: float | None = None,
 ) -> Samples:
     """Return trials that are decided by as `recommend` does."""
     from dpt_search.recommend import beliefs

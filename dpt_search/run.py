@@ -290,6 +290,8 @@ def read_ranking(run: Run) -> Ranking:
 
 
 def read_dense_accuracy(run: Run) -> float | None:
-    """Return the dense model's accuracy on val; None while it is not known."""
+    """Return the dense model's accuracy on val; None while it is not known, or where trials do not start from it."""
+    if run.config.start != "dense":
+        return None
     found: float | None = (run.store.read_json("dense/dense.json") or {}).get("accuracy")
     return found

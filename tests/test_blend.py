@@ -58,6 +58,14 @@ def test_the_decision_does_not_change_with_a_constant(dense, hinted, seed, n, ad
         assert plain[line].max() - plain[cell] < 4e-4
 
 
+def test_a_trial_without_removals_says_itself_what_the_dense_model_lets_expect():
+    truth = quadratic(1)
+    cells = np.array([0, 80, 120])
+    data = Data.of(cells, truth[cells])
+    told, plain = Blend(POINTS, dense=truth[0] + 0.3).posterior(data), Blend(POINTS).posterior(data)
+    np.testing.assert_array_equal(told.mean, plain.mean)
+
+
 @given(seed=st.integers(0, 10_000), n=st.integers(1, 30))
 @settings(max_examples=12)
 def test_the_decision_does_not_change_with_the_order_of_arrival(seed, n):
@@ -115,7 +123,7 @@ def test_a_good_hint_decides_at_once_and_a_wrong_one_costs_little():
         few, many = observe(truth, 2, 0.003, seed), observe(truth, 20, 0.003, seed)
         hint = truth + 0.002 * np.random.default_rng(seed).standard_normal(len(truth))
         hinted.append(
-            regret(truth, Blend(POINTS, hints=[Hint(hint, trust=PROBE_TRUST, doubt=1.0)]).posterior(few).mean)
+            regret(truth, Blend(POINTS, hints=[Hint(hint, trust=PROBE_TRUST, spread=1.0)]).posterior(few).mean)
         )
         unhinted.append(regret(truth, Blend(POINTS).posterior(few).mean))
         wrong.append(regret(truth, Blend(POINTS, hints=[Hint(upside_down)]).posterior(many).mean))
@@ -140,7 +148,7 @@ def test_a_hint_counts_as_much_as_it_is_trusted(seed):
 def test_a_wrong_earlier_run_takes_little_from_a_good_probe(seed):
     truth = quadratic(seed)
     seen, misleading = observe(truth, 3, 0.003, seed), truth.reshape(13, 13)[::-1, ::-1].ravel()
-    probe = Hint(truth, trust=PROBE_TRUST, doubt=1.0)
+    probe = Hint(truth, trust=PROBE_TRUST, spread=1.0)
     alone, both = (Blend(POINTS, hints=hints).posterior(seen).mean for hints in ([probe], [probe, Hint(misleading)]))
     assert np.abs(both - truth).mean() < np.abs(alone - truth).mean() + 0.001
 
@@ -168,7 +176,7 @@ def test_a_single_trial_does_not_blur_what_a_hint_knows():
     for seed in range(8):
         hint = quadratic(seed)
         seen = observe(quadratic(seed + 100), 1, 0.003, seed)
-        lost.append(regret(hint, Blend(POINTS, hints=[Hint(hint, trust=PROBE_TRUST, doubt=1.0)]).posterior(seen).mean))
+        lost.append(regret(hint, Blend(POINTS, hints=[Hint(hint, trust=PROBE_TRUST, spread=1.0)]).posterior(seen).mean))
     assert np.mean(lost) < 0.0025
 
 
@@ -178,7 +186,7 @@ def test_no_trial_is_spent_on_a_cell_that_every_model_knows_to_be_hopeless(seed)
     truth, cells, budgets = np.nanmean(table.accuracies, axis=1), list(SPACE), unit_goals(SPACE, *range(4, 21, 2))
     assert cells == table.cells
     best = [max(truth[i] for i, cell in enumerate(cells) if cell.total == total) for total in range(25)]
-    hint = Hint(truth + 0.005 * np.random.default_rng(seed).standard_normal(len(truth)), trust=PROBE_TRUST, doubt=1.0)
+    hint = Hint(truth + 0.005 * np.random.default_rng(seed).standard_normal(len(truth)), trust=PROBE_TRUST, spread=1.0)
     sampler, done = MapSampler(SPACE, budgets, hints=lambda: [hint]), []
     for _ in range(6):
         index = sampler.next_cell(done, [])

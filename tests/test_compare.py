@@ -1,12 +1,16 @@
 """Replays over tables: fair by construction, whatever the strategy."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from dpt_search.compare import POINT, Judge, dealt, replay, table_noise
 from dpt_search.curves import mean_curve
 from dpt_search.map_sampler import published_walks
+from dpt_search.posterior import Hint
 from dpt_search.probe_seeds import ProbeSeeds
+from dpt_search.problem import Observed, Problem
 from dpt_search.replays import compare
 from dpt_search.strategies import STRATEGIES
 from dpt_search.surface_table import SurfaceTable
@@ -167,6 +171,23 @@ def test_walk_decides_as_map_does_on_its_samples():
     trace = replay(table, "walk", unit_goals(SPACE, 8, 10), seed=0, workers=1, max_trials=30)
     assert len(trace.cost) == 22
     assert trace.regret[-1].max() < 1e-9
+
+
+def test_a_strategy_knows_the_dense_models_accuracy_where_the_table_does(monkeypatch):
+    known, make = [], STRATEGIES["map"]
+    monkeypatch.setitem(STRATEGIES, "map", lambda problem: known.append(problem.dense) or make(problem))
+    run("map", table=replace(TABLE, provenance={"dense_accuracy": 0.9}))
+    run("map")
+    assert known == [0.9, None]
+
+
+def test_before_any_trial_a_probe_decides_by_what_is_expected_of_it():
+    cells = list(SPACE)
+    said = np.array([-0.02 * cell.n_attn - 0.01 * cell.n_act for cell in cells])
+    seen = Observed(Problem(SPACE, BUDGETS, lambda cell: 1.0, 0), 2)
+    for parts, chosen in (((1.0, 1.0, 1.0), [Cell(0, 4), Cell(0, 6)]), ((0.1, 1.0, 1.0), [Cell(4, 0), Cell(6, 0)])):
+        seen.take_hints([Hint(said, parts=parts)])
+        assert seen.best_by_posterior() == chosen
 
 
 def probes(seeds: int = 2, noise: float = 0.003) -> ProbeSeeds:

@@ -38,6 +38,15 @@ def test_each_part_of_a_hint_is_expected_by_its_own_coefficient(parts):
     np.testing.assert_allclose(found - found.mean(), told, atol=1e-12)
 
 
+@pytest.mark.parametrize(("epochs", "act"), [(1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (20, 1.0)])
+def test_a_probe_is_expected_by_parts_and_a_run_as_it_is(epochs, act):
+    cells = [Cell(0, 0), Cell(3, 2), Cell(2, 5), Cell(5, 5)]
+    found = smooth(SPACE, cells, np.array([0.8, 0.7, 0.6, 0.4]), epochs)
+    assert found.parts == pytest.approx((0.85, act, 0.2))
+    assert found.spread < Hint(found.mean).spread
+    np.testing.assert_allclose(Hint(found.mean).expected(ratios(SPACE)), found.mean - found.mean.mean(), atol=1e-12)
+
+
 @given(st.integers(0, 5), st.integers(0, 5), st.integers(0, 7), st.integers(0, 7))
 def test_a_surface_at_other_ratios_goes_through_the_same_values(a, g, b, h):
     own, other = RatioSpace(a, g), RatioSpace(b, h)

@@ -138,7 +138,7 @@ def test_pending_trials_count_as_observed_at_their_mean():
     plain = SURFACE.posterior(data, hyper)
     cells = np.append(data.cells, [20, 100])
     means, counts = np.append(data.means, plain.mean[[20, 100]]), np.append(data.counts, [1, 1])
-    told = Data(cells, means, counts, data.scatter, np.append(data.doubts, [0, 0]))
+    told = Data(cells, means, counts, data.scatter, np.append(data.extra, [0, 0]))
     expected = SURFACE.posterior(told, hyper)
     found = plain.with_pending(np.array([20, 100]))
     np.testing.assert_allclose(found.mean, expected.mean, atol=1e-6)

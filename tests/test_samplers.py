@@ -132,6 +132,12 @@ class TestMapSampler:
         assert len(set(under_way)) == 9, "with more workers than that the next ones are chosen, each another"
         assert {list(SPACE)[cell] for cell in under_way} <= {cell for goal in SEVERAL for cell in goal.cells}
 
+    @pytest.mark.parametrize("dense", [None, 0.9])
+    def test_where_every_cell_failed_one_of_them_is_tried_again(self, dense):
+        goals, cells = unit_goals(SPACE, 2), list(SPACE)
+        failed = [cells.index(cell) for cell in goals[0].cells]
+        assert MapSampler(SPACE, goals, dense=dense).next_cell([], [], failed) in failed
+
     @pytest.mark.parametrize("design", DESIGNS)
     def test_every_design_comes_first_and_lies_in_the_space(self, design):
         sampler = make_sampler("map", SPACE, SEVERAL, seed=0, design=design)

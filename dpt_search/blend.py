@@ -75,14 +75,14 @@ class Blend:
             data: at least one observation, or none where the dense model's accuracy is known.
             cells: [k] indices of the cells asked about; None for all.
         """
+        data = self._told(data)
         counted = self.by_model(data, cells)
         mean = np.sum([weight * each.mean for weight, each in counted], axis=0)
         covariance = np.zeros((len(mean), len(mean)))
         for weight, each in counted:
             covariance += weight * (each.covariance + np.outer(each.mean - mean, each.mean - mean))
         noise = float(np.sqrt(sum(weight * each.noise**2 for weight, each in counted)))
-        seen = self._told(data).means
-        return Posterior(_fenced(mean, seen.min(), seen.max()), covariance, noise)
+        return Posterior(_fenced(mean, data.means.min(), data.means.max()), covariance, noise)
 
     def _told(self, data: Data) -> Data:
         # A trial without removals says itself what the dense model's accuracy lets expect.

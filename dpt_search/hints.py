@@ -22,8 +22,8 @@ much, misleads a search on Fashion-MNIST for long."""
 PROBE_PARTS = (0.85, 0.3, 0.2)
 """What of a probe's losses by attentions, by activations (for each of its epochs, up to all of them), and by both at
 once beyond their sum, is left once a plan was trained alone: rounded from what was left on three real surfaces
-(`benchmarks/probe_worth.py`). Weights that all plans share cannot make up for what one of them lacks, least
-of all where it lacks much of both kinds."""
+(`benchmarks/probe_worth.py`). Weights that all plans share cannot make up for what one of them lacks, least of all
+where it lacks much of both kinds."""
 
 
 def hints_of(store: RunStore, space: RatioSpace, priors: Sequence[str] = ()) -> list[Hint]:

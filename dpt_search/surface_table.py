@@ -56,7 +56,9 @@ class SurfaceTable:
 
     @property
     def dense(self) -> float | None:
-        """Accuracy of the dense model on val; None where the table does not say."""
+        """Accuracy of the dense model on val; None where the table does not say, or its trials do not start from it."""
+        if self.provenance.get("start", "dense") != "dense":
+            return None
         found: float | None = self.provenance.get("dense_accuracy")
         return found
 

@@ -176,9 +176,10 @@ def test_walk_decides_as_map_does_on_its_samples():
 def test_a_strategy_knows_the_dense_models_accuracy_where_the_table_does(monkeypatch):
     known, make = [], STRATEGIES["map"]
     monkeypatch.setitem(STRATEGIES, "map", lambda problem: known.append(problem.dense) or make(problem))
-    run("map", table=replace(TABLE, provenance={"dense_accuracy": 0.9}))
+    run("map", table=replace(TABLE, provenance={"dense_accuracy": 0.9, "start": "dense"}))
+    run("map", table=replace(TABLE, provenance={"dense_accuracy": 0.9, "start": "probe"}))
     run("map")
-    assert known == [0.9, None]
+    assert known == [0.9, None, None]
 
 
 def test_before_any_trial_a_probe_decides_by_what_is_expected_of_it():

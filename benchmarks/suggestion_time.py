@@ -4,8 +4,9 @@
 
 The time of one `study.ask`, from the trials of a study in memory to a cell: MapSampler beside Optuna's TPE and GP
 samplers as `dpt_search/samplers.py` makes them, one after the other in every repeat; medians of wall time and of this
-process's CPU time. Two lattices: 13 x 13 with nine budgets, observations drawn from
-`benchmarks/tables/fashion_mnist.parquet`; and 25 x 25 with nineteen, observations of a smooth synthetic surface,
+process's CPU time. `map` knows the dense model's accuracy and what a probe of 16 cells says, `map/no-probe` the former
+alone. Two lattices: 13 x 13 with nine budgets, observations drawn from `benchmarks/tables/fashion_mnist.parquet` and a
+probe beside it; and 25 x 25 with nineteen, observations and, half as steep, the probe of a smooth synthetic surface,
 
     0.9 - 0.25 a^3 - 0.15 g^2 - 0.2 a g - 0.3 sigmoid(20 (a - 0.9))    of the ratios a and g,
 
@@ -30,16 +31,18 @@ import numpy as np
 import optuna
 from optuna.trial import TrialState
 
+from dpt_search.hints import smooth as smooth_hint
 from dpt_search.map_sampler import MapSampler, initial_design
-from dpt_search.posterior import Data
+from dpt_search.posterior import Data, Hint
+from dpt_search.probe_seeds import read_probes
 from dpt_search.samplers import make_sampler, params_of, search_space
 from dpt_search.surface_table import read_table
 from search_spaces.goals import Goal, unit_goals
-from search_spaces.ratios import Cell, RatioSpace
+from search_spaces.ratios import Cell, RatioSpace, spread
 
 HERE = Path(__file__).parent
 OUT = HERE / "results" / "suggestion_time.json"
-SAMPLERS = ("map", "tpe", "gp")
+SAMPLERS = ("map", "map/no-probe", "tpe", "gp")
 NOISE = 0.003
 PENDING = 64
 PACKAGES = ("numpy", "scipy", "optuna", "torch")
@@ -47,13 +50,25 @@ PACKAGES = ("numpy", "scipy", "optuna", "torch")
 
 @dataclass(frozen=True)
 class Case:
-    """A lattice, what is to be decided, and what is known: `cells` and `accuracies` in order, `pending` that run."""
+    """A lattice, what is to be decided, and what is known.
+
+    Attributes:
+        space: the lattice.
+        budgets: what is to be decided.
+        cells: of the finished trials, in order.
+        accuracies: of them.
+        pending: cells of trials that run.
+        dense: the dense model's accuracy.
+        probe: what a probe says.
+    """
 
     space: RatioSpace
     budgets: Sequence[Goal]
     cells: list[Cell]
     accuracies: list[float]
     pending: list[Cell]
+    dense: float
+    probe: Hint
 
 
 def main() -> None:
@@ -87,19 +102,23 @@ def line_of(row: dict) -> str:
 def real_case(observations: int) -> Case:
     table = read_table(str(HERE / "tables" / "fashion_mnist.parquet"))
     truth = dict(zip(table.cells, np.nanmean(table.accuracies, axis=1), strict=True))
-    return case(table.space, range(4, 21, 2), truth, observations)
+    probes = read_probes(str(HERE / "tables" / "fashion_mnist.probes.parquet"))
+    assert probes is not None
+    said = dict(zip(probes.cells, probes.accuracies[:, 0], strict=True))
+    return case(table.space, range(4, 21, 2), truth, said, observations)
 
 
 def smooth_case(side: int, observations: int) -> Case:
     space = RatioSpace(side - 1, side - 1)
-    return case(space, range(4, 41, 2), {cell: smooth(*space.ratios(cell)) for cell in space}, observations)
+    truth = {cell: smooth(*space.ratios(cell)) for cell in space}
+    return case(space, range(4, 41, 2), truth, {cell: value / 2 for cell, value in truth.items()}, observations)
 
 
 def smooth(a: float, g: float) -> float:
     return float(0.9 - 0.25 * a**3 - 0.15 * g**2 - 0.2 * a * g - 0.3 / (1 + np.exp(-20 * (a - 0.9))))
 
 
-def case(space: RatioSpace, units: range, truth: dict[Cell, float], observations: int) -> Case:
+def case(space: RatioSpace, units: range, truth: dict[Cell, float], said: dict[Cell, float], observations: int) -> Case:
     generator = np.random.default_rng(0)
     lattice = list(space)
     budgets = list(unit_goals(space, *units))
@@ -109,7 +128,9 @@ def case(space: RatioSpace, units: range, truth: dict[Cell, float], observations
     )
     cells = design + drawn
     accuracies = [truth[cell] + NOISE * generator.standard_normal() for cell in cells]
-    return Case(space, budgets, cells, accuracies, pending)
+    probed = spread(space, sorted(said))[:16]
+    probe = smooth_hint(space, probed, np.array([said[cell] for cell in probed]), epochs=2)
+    return Case(space, budgets, cells, accuracies, pending, truth[Cell(0, 0)], probe)
 
 
 def measure(found: Case, repeats: int) -> dict:
@@ -130,7 +151,9 @@ def measure(found: Case, repeats: int) -> dict:
 
 def suggestion(found: Case, name: str, seed: int) -> tuple[float, float]:
     """Return wall and CPU seconds of one ask of a study that was not asked before."""
-    sampler = make_sampler(name, found.space, found.budgets, seed=seed)
+    name, _, variant = name.partition("/")
+    hints = () if variant else (found.probe,)
+    sampler = make_sampler(name, found.space, found.budgets, seed=seed, hints=lambda: hints, dense=found.dense)
     space = search_space(name, found.space, found.budgets)
     study = optuna.create_study(direction="maximize", sampler=sampler)
 
@@ -154,7 +177,8 @@ def clocked(work: Callable[[], object]) -> tuple[float, float]:
 
 def parts(found: Case, repeats: int) -> dict[str, float]:
     """Return where MapSampler's CPU time goes, in ms: medians of each part alone."""
-    sampler = MapSampler(found.space, found.budgets)
+    sampler = MapSampler(found.space, found.budgets, hints=lambda: (found.probe,), dense=found.dense)
+    sampler._take_hints()
     index = {cell: i for i, cell in enumerate(found.space)}
     data = Data.of(np.array([index[cell] for cell in found.cells]), np.array(found.accuracies))
     pending = np.array([index[cell] for cell in found.pending])

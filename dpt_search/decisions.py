@@ -2,6 +2,7 @@
 
 A prediction near a budget's limit is not to be relied on. A cell of a front whose predicted seconds are within their
 spread of the limit is therefore built and timed before anything is trained for it, and counts as measured from then on.
+So is the plan that is to be fine-tuned for a speedup, wherever it is predicted to be: its training takes long.
 """
 
 from __future__ import annotations
@@ -94,15 +95,22 @@ def settled(run: Run) -> tuple[Goal, ...]:
         if costs is None or all(costs.standing(b, cell).is_sure for b, cell in limited):
             return found
         # One that fails makes room on the front for the next.
-        measure(run, {costs.ranking.plan(cell) for b, cell in limited if not costs.standing(b, cell).is_sure})
+        unsure = {costs.ranking.plan(cell) for b, cell in limited if not costs.standing(b, cell).is_sure}
+        what = "1 plan that is" if len(unsure) == 1 else f"{len(unsure)} plans that are"
+        measure(run, unsure, f"{what} too close to the limit of a budget to rely on the prediction")
 
 
-def measure(run: Run, plans: Collection[PruningPlan]) -> None:
-    """Build plans and time them beside the dense model, on a worker, and record what came out."""
+def measure(run: Run, plans: Collection[PruningPlan], what: str) -> None:
+    """Build plans and time them beside the dense model, on a worker, and record what came out.
+
+    Args:
+        run: a run with its profile.
+        plans: to time.
+        what: they are, for the user.
+    """
     config = run.config
     told = sorted(map(str, plans))
-    what = "1 plan that is" if len(told) == 1 else f"{len(told)} plans that are"
-    run.say(f"measuring {what} too close to the limit of a budget to rely on the prediction")
+    run.say(f"measuring {what}")
     costs = read_costs(run.store)
     # Compared with the profile's predictions, so measured as it was.
     compiled = costs is not None and costs.compiled

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from dpt_search.run import Run, configured_run
 from dpt_search.search_stages import decide, recommend_stage
 from dpt_search.store import Finished, Proposed, TrialLog
 from dpt_search.verdict import verdict
+from search_spaces.plan import PruningPlan
 from search_spaces.ratios import Cell
 from trainables.importance import rank
 from trainables.tasks import RankTask, TimingTask
@@ -82,18 +84,62 @@ def test_a_speed_that_measuring_shows_to_be_out_of_reach_is_refused(tiny_run: Ru
 
 
 def test_a_recommendation_is_never_too_close_to_say(tiny_run: Run, here: list[str]) -> None:
-    run = asking(tiny_run, "speedup@1=1.18", spread=0.02)
-    log = TrialLog(run.store)
-    for number, cell in enumerate([Cell(0, 2), Cell(1, 1), Cell(2, 0), Cell(2, 2)]):
-        plan = str(TINY_RANKING.plan(cell))
-        log.propose(Proposed(number, plan, "dense", number, number, "map", {}))
-        log.finish(Finished(number, plan, "dense", "finished", accuracies=[0.8 - cell.total / 100], cost=1.0))
+    run = searched(asking(tiny_run, "speedup@1=1.18", spread=0.02))
     (row,) = decide(run, run.config.budgets)["budgets"]
     assert not row["is_sure"]
     recommend_stage(run)
     (row,) = json.loads(run.store.read("recommendation.json"))["budgets"]
     assert row["is_sure"]
-    assert row["measured"] is None or row["measured"] >= 1.18
+    assert row["measured"] >= 1.18
+
+
+def searched(run: Run) -> Run:
+    """The run with a trial of each cell of two units and one of four; the latter, the smallest, is the worst."""
+    log = TrialLog(run.store)
+    for number, cell in enumerate([Cell(0, 2), Cell(1, 1), Cell(2, 0), Cell(2, 2)]):
+        plan = str(TINY_RANKING.plan(cell))
+        log.propose(Proposed(number, plan, "dense", number, number, "map", {}))
+        log.finish(Finished(number, plan, "dense", "finished", accuracies=[0.8 - cell.total / 100], cost=1.0))
+    return run
+
+
+def timed_as(monkeypatch: pytest.MonkeyPatch, speedup: Callable[[PruningPlan], float]) -> list[str]:
+    """Have workers say so of every plan; return the plans that they are asked about."""
+    asked: list[str] = []
+
+    def call(_: object, target: str, task: TimingTask, **rest: object) -> Any:
+        assert target == "trainables.timing:time_plans"
+        asked.extend(task.plans)
+        fast = {plan: speedup(PruningPlan.parse(plan)) for plan in task.plans}
+        return {plan: {"1": {"speedup": found, "low": found - 0.01}} for plan, found in fast.items()}
+
+    monkeypatch.setattr(runs, "call", call)
+    monkeypatch.setattr(Run, "start_ray", lambda self: None)
+    return asked
+
+
+def test_the_plan_to_be_fine_tuned_is_timed_wherever_it_is_predicted(
+    tiny_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Predicted to be 1.190 with two units, clearly enough, and 1.1 when built: a third has to go.
+    run = searched(asking(tiny_run, "units=3 speedup@1=1.15", spread=1e-4))
+    asked = timed_as(monkeypatch, lambda plan: 1 + 0.07 * len(plan.units))
+    (before,) = decide(run, run.config.budgets)["budgets"][1:]
+    recommend_stage(run)
+    _, after = json.loads(run.store.read("recommendation.json"))["budgets"]
+    assert asked[0] == before["plan"] and len(PruningPlan.parse(before["plan"]).units) == 2
+    assert after["plan"] == asked[-1] and len(PruningPlan.parse(after["plan"]).units) == 3
+    assert after["measured"] == pytest.approx(1.21)
+
+
+@pytest.mark.parametrize("chosen", ["units=2", "macs=0.9"])
+def test_no_plan_is_timed_that_is_not_to_be_fine_tuned_for_a_speedup(
+    tiny_run: Run, monkeypatch: pytest.MonkeyPatch, chosen: str
+) -> None:
+    run = searched(asking(tiny_run, f"speedup@1=1.15 {chosen}", spread=1e-4))
+    asked = timed_as(monkeypatch, lambda plan: 2.0)
+    recommend_stage(run)
+    assert asked == []
 
 
 def test_timed_plans_are_merged_models_beside_the_dense_one(tiny_run: Run) -> None:

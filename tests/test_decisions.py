@@ -13,8 +13,9 @@ from dpt_search import run as runs
 from dpt_search.config import BadConfig
 from dpt_search.costs_table import write_costs
 from dpt_search.decisions import NAME, goals_of, settled
-from dpt_search.run import Run, configured_run
-from dpt_search.search_stages import decide, recommend_stage
+from dpt_search.map_sampler import MapSampler
+from dpt_search.run import Run, configured_run, read_dense_accuracy
+from dpt_search.search_stages import _sampler, decide, recommend_stage
 from dpt_search.store import Finished, Proposed, TrialLog
 from dpt_search.verdict import verdict
 from search_spaces.plan import PruningPlan
@@ -140,6 +141,23 @@ def test_no_plan_is_timed_that_is_not_to_be_fine_tuned_for_a_speedup(
     asked = timed_as(monkeypatch, lambda plan: 2.0)
     recommend_stage(run)
     assert asked == []
+
+
+@pytest.mark.parametrize(("start", "told"), [("dense", True), ("probe", False)])
+def test_the_dense_accuracy_counts_where_trials_start_from_it(tiny_run: Run, start: str, told: bool) -> None:
+    run = searched(replace(tiny_run, config=replace(tiny_run.config, budget="units=2", start=start)))
+    log = TrialLog(run.store)
+    for number, cell in enumerate([Cell(0, 2), Cell(1, 1), Cell(2, 0)], start=4):
+        plan = str(TINY_RANKING.plan(cell))
+        log.propose(Proposed(number, plan, "probe", number, number, "map", {}))
+        log.finish(Finished(number, plan, "probe", "finished", accuracies=[0.78], cost=1.0))
+    before = decide(run, run.config.budgets)["surface"]["mean"][0][0]
+    run.store.write_json("dense/dense.json", {"accuracy": 0.95})
+    after = decide(run, run.config.budgets)["surface"]["mean"][0][0]
+    sampler = _sampler(run, TINY_RANKING, goals_of(run), tuple)
+    assert isinstance(sampler, MapSampler)
+    assert (sampler._dense, read_dense_accuracy(run)) == ((0.95, 0.95) if told else (None, None))
+    assert (after > 0.9 > before) if told else (after == before)
 
 
 def test_timed_plans_are_merged_models_beside_the_dense_one(tiny_run: Run) -> None:

@@ -129,7 +129,7 @@ def test_plans_near_a_limit_are_timed_as_the_profile_was(tiny_run: Run, monkeypa
     monkeypatch.setattr(Run, "start_ray", lambda self: None)
     costs = [{"kind": "dense", "index": -1, "macs": 1.0, "params": 1, "seconds_1": 1.0, "spread_1": 0.0}]
     write_costs(tiny_run.store, "Xeon", costs, {"compiled": compiled})
-    measure(tiny_run, [PruningPlan((0,))])
+    measure(tiny_run, [PruningPlan((0,))], "a plan")
     assert given[0].compiled is compiled
 
 

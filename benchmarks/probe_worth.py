@@ -6,7 +6,7 @@ TABLE is a surface that `dpt-search tabulate` wrote, each PROBES what `tabulate 
 with other epochs, say. Costs are in trials of the dense model. Kendall's tau is to the mean of the table's trials, over
 all cells that both have and within the budget lines, averaged over lines and probe seeds. The coefficients are what of
 the probe's losses is left in the trials, by least squares over the feasible cells: of its losses by attentions, by
-activations, and by both at once beyond their sum. Replays of `map` decide all of the default budgets at once, as
+activations, and by both at once beyond their sum. Replays of `map/probe` decide all of the default budgets at once, as
 `dpt-search compare` does. How much of the evaluation shared prefixes of the network would save, were every prefix of
 the evaluated plans computed once, follows from the plans: with a block's attention counted as one, its two linear
 layers as two, and as half once they are merged.
@@ -33,6 +33,7 @@ from search_spaces.plan import PruningPlan, Unit
 from search_spaces.ratios import Cell
 
 OUT = Path(__file__).parent / "results" / "probe_worth"
+STRATEGY = "map/probe"
 REGRETS = (5.0, 6.0, 8.0, 10.0)
 """Costs at which regret is told."""
 
@@ -64,8 +65,8 @@ def worth(table: SurfaceTable, location: str, place: str, seeds: int, max_trials
         "shared_prefixes_save": saved(location, cells),
     }  # fmt: skip
     told = {"seeds": seeds, "workers": 1, "max_trials": max_trials, "processes": os.cpu_count() or 1}
-    traces = compare(table, ["map"], budgets, probes=probes, **told)["map"]
-    found |= decided(mean_curve("map", traces, np.arange(0.5, max_trials, 0.5)))
+    traces = compare(table, [STRATEGY], budgets, probes=probes, **told)[STRATEGY]
+    found |= decided(mean_curve(STRATEGY, traces, np.arange(0.5, max_trials, 0.5)))
     print(f"{Path(place).name}: " + ", ".join(f"{name} {_shown(value)}" for name, value in found.items()), flush=True)
     return found
 

@@ -1,4 +1,4 @@
-"""What trials and probe cost, and what a search may: searches that are compared stop at the same cost.
+"""What trials and probe will cost, and what a search may: searches that are compared stop at the same cost.
 
 Costs are images times MACs, as trial and probe count them.
 """

@@ -76,12 +76,14 @@ class RunConfig:
     """Train every batch of the probe as the dense model and as a smallest one too, at three times the cost."""
     probe_cells: int = 16
     """Cells of the budgets to evaluate with the probe's weights, well spread; the others follow smoothly. 0: all."""
+    probe_max_cost: float = 3.0
+    """Leave the probe out of a search where it would cost more trials of the dense model than this; 0: never."""
     prior: list[str] = field(default_factory=list)
     """Directories of earlier runs whose surfaces hint at this one's; how far is learnt. Repeatable: --prior+=RUN."""
     start: Literal["dense", "probe"] = "dense"
     """Weights that trials and the long fine-tune start from: the dense model's, or the probe's."""
     design: Literal["lines", "walk", "interleaved"] = "lines"
-    """What the sampler map tries first: ends and middle of the largest budget, or one of the two published walks."""
+    """What the sampler map tries first: lines, the middle budget's middle, for one; or a published walk."""
     trial: Recipe = field(default_factory=Recipe)
     """The short fine-tune of a trial."""
     max_trials: int = 12
@@ -259,7 +261,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
         name: value
         for name, value in _flat(asdict(config)).items()
         if not name.startswith(_GROWING)
-        or (probe and name.startswith("probe_") and name != "probe_cells")
+        or (probe and name.startswith("probe_") and name not in ("probe_cells", "probe_max_cost"))
         or (lines and name in ("budget", "max_attn", "max_act"))
     }
 

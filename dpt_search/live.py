@@ -15,7 +15,6 @@ import numpy as np
 
 from dpt_search.allowance import Allowance, Prices
 from dpt_search.config import LATER, RunConfig, check, identity
-from dpt_search.costs_table import read_costs
 from dpt_search.decisions import NAME as MEASURED
 from dpt_search.decisions import goals_of
 from dpt_search.hints import hints_of, prior_surface
@@ -26,15 +25,13 @@ from dpt_search.posterior import Hint
 from dpt_search.probe_stage import has_probe, probe_task
 from dpt_search.probe_table import read_probe
 from dpt_search.problem import Observed, Problem
-from dpt_search.run import Run, digest_of, identity_of, open_run, read_dense_accuracy, read_ranking
+from dpt_search.run import Run, digest_of, open_run, read_dense_accuracy, read_ranking
 from dpt_search.samplers import PURE
 from dpt_search.search_stages import search
 from dpt_search.store import BadRun, RunStore, TrialLog
-from dpt_search.table_records import checked_ranking
 from search_spaces.goals import Goal
 from search_spaces.plan import PruningPlan
 from search_spaces.ratios import Cell
-from trainables.tasks import TrialTask
 
 SAMPLERS = {"map": "map", "map/no-probe": "map", **{name: name for name in PURE}}
 """What can be compared, and the sampler of each. Pure searches are decided by the posterior, as a run of theirs is, but
@@ -63,7 +60,7 @@ class Search:
     @property
     def upfront(self) -> float:
         """Cost of its probe, as predicted until it has ended; 0 without one."""
-        if not has_probe(self.run.config):
+        if not has_probe(self.run):
             return 0.0
         found = read_probe(self.run.store)
         return self.prices.probe(probe_task(self.run)) if found is None else float(found.about["cost"])
@@ -93,22 +90,6 @@ class Decisions:
     def last(self, max_cost: float) -> int:
         """Return the position of the last decision within a cost; of the first where there is none."""
         return max(0, int(np.searchsorted(self.cost, max_cost * (1 + 1e-9), side="right")) - 1)
-
-
-def prices_of(run: Run, out: RunStore) -> Prices:
-    """Return what the run's trials and probes cost; numbers of images are counted once, by a worker.
-
-    Raises:
-        BadRun: the run lacks its dense model, profile or ranking.
-    """
-    ranking, costs = checked_ranking(run), read_costs(run.store)
-    assert costs is not None
-    inputs, known = digest_of(identity_of(run.config)), out.read_json("images.json")
-    if known is None or known["inputs"] != inputs:
-        task = TrialTask(**run.task(), recipe=run.config.trial, checkpoints="")
-        known = {"inputs": inputs, "images": run.call("trainables.table_trial:image_counts", task)}
-        out.write_json("images.json", known)
-    return Prices(costs, ranking, run.config.trial, run.config.attention, known["images"])
 
 
 def opened(run: Run, out: RunStore, name: str, number: int, prices: Prices, told: dict[str, Any]) -> Search:

@@ -13,11 +13,12 @@ from dpt_search.compare_report import comparison_table, csv_of, write_curves, wr
 from dpt_search.config import BadConfig
 from dpt_search.curves import Curve, mean_curve
 from dpt_search.decisions import goals_of
-from dpt_search.live import SAMPLERS, Decisions, Search, decided, opened, prices_of
+from dpt_search.live import SAMPLERS, Decisions, Search, decided, opened
 from dpt_search.observed import ended
+from dpt_search.probe_stage import prices_of
 from dpt_search.remote import StageFailed
 from dpt_search.run import Run
-from dpt_search.store import RunStore, TrialLog
+from dpt_search.store import BadRun, RunStore, TrialLog
 from dpt_search.summary import text_table
 from dpt_search.surface_table import NAME, SurfaceTable, read_table
 from dpt_search.table_records import checked_ranking, run_missing
@@ -101,7 +102,9 @@ def run_live(run: Run, request: Request) -> Iterator[str]:
     budgets = _budgets(request, run)
     out = RunStore(request.out or run.store.path("live"))
     table = own_table(run, ranking)
-    prices = prices_of(run, out)
+    prices = prices_of(run)
+    if prices is None:
+        raise BadRun(f"dense.json of {run.store.location!r} is of an earlier version: begin another run")
     searches = [
         opened(run, out, name, number, prices, request.told(run))
         for number in range(request.seeds)

@@ -10,7 +10,8 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from dpt_search.config import RunConfig
+from dpt_search.allowance import Prices
+from dpt_search.costs_table import read_costs
 from dpt_search.decisions import goals_of
 from dpt_search.hints import hints_of
 from dpt_search.posterior import Hint
@@ -37,14 +38,43 @@ def probe(run: Run) -> None:
     run.stage("probe", _inputs(run, task), NAME, work)
 
 
-def has_probe(config: RunConfig) -> bool:
-    """Say whether a search of this configuration has a probe: for its hint, or for weights to start from."""
-    return bool(config.probe_epochs) and (config.sampler == "map" or config.start == "probe")
+def has_probe(run: Run) -> bool:
+    """Say whether the run's search has a probe: for weights to start from, or for its hint where it is not too dear."""
+    config = run.config
+    if not config.probe_epochs or config.start == "probe":
+        return bool(config.probe_epochs)
+    return config.sampler == "map" and not _too_dear(run)
+
+
+def prices_of(run: Run) -> Prices | None:
+    """Return what the run's trials and probes cost; None where profile or number of images is not known.
+
+    Raises:
+        BadRun: the run has no ranking yet.
+    """
+    config, costs = run.config, read_costs(run.store)
+    splits = (run.store.read_json("dense/dense.json") or {}).get("splits")
+    if costs is None or splits is None:
+        return None
+    limits = {"train": config.data.subset, "val": config.data.val_limit, "probe": ProbeTask.images}
+    images = {split: min(splits[split], limit or splits[split]) for split, limit in limits.items()}
+    # Training drops what does not fill a batch.
+    images["train"] -= images["train"] % config.trial.batch_size
+    return Prices(costs, read_ranking(run), config.trial, config.attention, images)
+
+
+def _too_dear(run: Run) -> str:
+    """Return why a probe is not worth its cost, as text; empty where it may be."""
+    most, prices = run.config.probe_max_cost, prices_of(run)
+    if not most or prices is None:
+        return ""
+    cost = prices.probe(probe_task(run)) / prices.unit
+    return f"it would cost as much as {cost:.1f} trials (--probe-max-cost {most:g})" if cost > most else ""
 
 
 def is_missing(run: Run) -> bool:
-    """Say whether a search of this configuration has a probe that is still to be made."""
-    if not has_probe(run.config):
+    """Say whether the run's search has a probe that is still to be made."""
+    if not has_probe(run):
         return False
     weights = not run.start_weights or run.store.exists("probe/model.safetensors")
     return not (weights and run.is_done("probe", _inputs(run, probe_task(run)), NAME))
@@ -85,6 +115,8 @@ class ProbeBeside:
         """
         config = run.config
         if not is_missing(run):
+            if config.sampler == "map" and config.probe_epochs and not has_probe(run):
+                run.say(f"probe: left out, for {_too_dear(run)}")
             return cls(run)
         task = probe_task(run)
         # What an earlier probe found must not pass for this one's.

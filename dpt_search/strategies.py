@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -9,6 +10,7 @@ import numpy as np
 import optuna
 from optuna.samplers import BaseSampler
 
+from dpt_search.config import RunConfig
 from dpt_search.hints import smooth
 from dpt_search.line_by_line import LineByLine
 from dpt_search.map_predictor import Array, MapPredictor, NotIdentified
@@ -84,11 +86,11 @@ class WholeSquare:
 class Hinted(WholeSquare):
     """`map` as a run has it: the whole square, a probe beside the first trials, the surfaces of earlier runs."""
 
-    def __init__(self, problem: Problem, *, probe: bool, prior: bool = False) -> None:
+    def __init__(self, problem: Problem, probe_max_cost: float, *, prior: bool = False) -> None:
         """
         Args:
-            problem: what to solve.
-            probe: whether it runs a probe, where the problem knows of one.
+            problem: what to solve; may know of a probe.
+            probe_max_cost: in trials of the dense model; a probe that costs more is left out.
             prior: whether it knows the problem's earlier surface.
         """
         self._hints: list[Hint] = [Hint(problem.prior)] if prior and problem.prior is not None else []
@@ -98,9 +100,10 @@ class Hinted(WholeSquare):
         super().__init__(problem, "map", sampler)
         self._observed.take_hints(self._hints)
         self._cells: list[Cell] = []
-        if probe and problem.probe is not None:
+        if problem.probe is not None:
             self._cells = problem.probe.evaluated(problem.space, problem.budgets)
-            self.upfront = problem.probe.training + sum(problem.probe.costs[cell] for cell in self._cells)
+            cost = problem.probe.training + sum(problem.probe.costs[cell] for cell in self._cells)
+            self.upfront = cost if cost <= probe_max_cost * problem.cost(Cell(0, 0)) else 0.0
 
     def take_probe(self) -> None:
         assert self._problem.probe is not None
@@ -201,16 +204,14 @@ def _lines(name: str, startup: int) -> Callable[[Problem], Strategy]:
     return lambda problem: LineByLine(problem, name, startup)
 
 
-LADDER = ("gp-lattice", "map/no-probe", "map")
-"""Each adds one thing to the one before: a polynomial, then the probe."""
-
 INHERITED = "walk/inherited"
 """The strategy that needs recorded walks beside the table."""
 
 STRATEGIES: dict[str, Callable[[Problem], Strategy]] = {
-    "map": lambda problem: Hinted(problem, probe=True),
-    "map/no-probe": lambda problem: Hinted(problem, probe=False),
-    "map/prior": lambda problem: Hinted(problem, probe=False, prior=True),
+    "map": lambda problem: Hinted(problem, RunConfig.probe_max_cost),
+    "map/probe": lambda problem: Hinted(problem, math.inf),
+    "map/no-probe": lambda problem: Hinted(problem, 0.0),
+    "map/prior": lambda problem: Hinted(problem, 0.0, prior=True),
     "gp-lattice": _gp_lattice,
     "walk": Walk,
     INHERITED: InheritedWalk,
@@ -219,5 +220,7 @@ STRATEGIES: dict[str, Callable[[Problem], Strategy]] = {
     **{f"{name}/lines": _lines(name, 4) for name in PURE},
     **{f"{name}/lines@{startup}": _lines(name, startup) for name in ("tpe", "gp") for startup in (2, 10)},
 }
-"""Every strategy by name. Pure searches: `/square`, one study for all budgets, decided by the posterior; `/nearest`,
-decided by the observation nearest to each line; `/lines`, one study per budget (@N: with N start-up trials)."""
+"""Every strategy by name. `gp-lattice`, `map/no-probe` and `map/probe` each add one thing to the one before; `map` is
+what a run does by default, without a probe that is too dear. Pure searches: `/square`, one study for all budgets,
+decided by the posterior; `/nearest`, decided by the observation nearest to each line; `/lines`, one study per budget
+(@N: with N start-up trials)."""

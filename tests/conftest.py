@@ -21,8 +21,9 @@ from PIL import Image
 
 from dpt_search.allowance import Prices
 from dpt_search.config import RunConfig
-from dpt_search.costs_table import read_costs, write_costs
-from dpt_search.run import Run, configured_run, read_ranking
+from dpt_search.costs_table import write_costs
+from dpt_search.probe_stage import prices_of
+from dpt_search.run import Run, configured_run
 from dpt_search.store import RunStore
 from search_spaces.plan import Ranking
 from trainables.profiling import profile
@@ -141,8 +142,8 @@ def loud(model: torch.nn.Module) -> torch.nn.Module:
 
 
 TINY_RANKING = Ranking((1, 0, 3, 2), (2, 0, 1, 3))
-TINY_IMAGES = {"train": 96, "val": 48, "probe": 24}
-"""Images of the tiny data that count in a trial's cost, and in a probe's."""
+TINY_SPLITS = {"train": 192, "val": 48, "probe": 24}
+"""Images of the tiny data's splits, of which a trial trains on half."""
 
 
 @pytest.fixture(scope="session")
@@ -162,15 +163,15 @@ def tiny_run(tmp_path: Path, tiny: ModelSettings, tiny_data: DataSettings, tiny_
         tiny, tiny_data, run_dir=str(tmp_path / "run"), budget="units=2,4", trial=recipe, probe_epochs=1, probe_cells=3,
     )  # fmt: skip
     order = {"method": "taylor", "attn": list(TINY_RANKING.attn), "act": list(TINY_RANKING.act)}
-    write_up_to_ranking(config, order, tiny_costs, {"units": {"attn": [0], "act": [0]}})
+    write_up_to_ranking(config, order, tiny_costs, {"units": {"attn": [0], "act": [0]}, "splits": TINY_SPLITS})
     return configured_run(config, lambda _: None)
 
 
 def tiny_prices(run: Run) -> Prices:
     """Return what trials and probe of a tiny run cost."""
-    costs = read_costs(run.store)
-    assert costs is not None
-    return Prices(costs, read_ranking(run), run.config.trial, run.config.attention, TINY_IMAGES)
+    prices = prices_of(run)
+    assert prices is not None
+    return prices
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
-from conftest import TINY_IMAGES, TINY_RANKING, tiny_prices
+from conftest import TINY_RANKING, TINY_SPLITS, tiny_prices
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.distributions import IntDistribution
@@ -18,19 +18,25 @@ from dpt_search.tune_search import RecordedSearch, SearchPlan
 from search_spaces.costs import Cost, UnitCosts
 from search_spaces.plan import Attention, PruningPlan, Unit
 from search_spaces.ratios import Cell
+from trainables.data import split_sizes
 from trainables.probe import run_probe
 from trainables.settings import Recipe
-from trainables.table_trial import image_counts, run_trial
+from trainables.table_trial import run_trial
 from trainables.tasks import TrialTask
 
 
 @pytest.mark.parametrize("attention", get_args(Attention))
-@pytest.mark.parametrize("distillation", ["none", "soft"])
-def test_what_trials_and_probe_cost_is_known_before_they_run(tiny_run: Run, distillation: Any, attention: Any) -> None:
-    recipe = replace(tiny_run.config.trial, epochs=2, distillation=distillation)
-    tiny_run.config = replace(tiny_run.config, trial=recipe, attention=attention)
+@pytest.mark.parametrize(
+    ("distillation", "subset", "val_limit", "batch"), [("none", 0, 0, 32), ("soft", 0, 20, 36), ("none", 50, 0, 16)]
+)
+def test_what_trials_and_probe_cost_is_known_before_they_run(
+    tiny_run: Run, attention: Any, distillation: Any, subset: int, val_limit: int, batch: int
+) -> None:
+    recipe = replace(tiny_run.config.trial, epochs=2, distillation=distillation, batch_size=batch)
+    data = replace(tiny_run.config.data, subset=subset, val_limit=val_limit)
+    tiny_run.config = replace(tiny_run.config, trial=recipe, attention=attention, data=data)
     task = TrialTask(**tiny_run.task(), recipe=recipe, checkpoints=tiny_run.store.path("states"))
-    assert image_counts(task) == TINY_IMAGES
+    assert split_sizes(task.data, task.seed) == TINY_SPLITS
     for number, cell in enumerate([Cell(0, 0), Cell(2, 1)]):
         found = run_trial(task, number, str(TINY_RANKING.plan(cell)), 7)
         assert tiny_prices(tiny_run).trial(cell) == pytest.approx(found["cost"], rel=1e-9), cell
@@ -47,7 +53,7 @@ def unit_costs() -> UnitCosts:
     st.floats(0.5, 20), st.floats(0, 5), st.lists(st.sampled_from(list(TINY_RANKING.space)), min_size=30, max_size=30)
 )
 def test_trials_stop_at_the_cost_and_not_before(most: float, probe: float, cells: list[Cell]) -> None:
-    made = Prices(unit_costs(), TINY_RANKING, Recipe(epochs=1), "zero", TINY_IMAGES)
+    made = Prices(unit_costs(), TINY_RANKING, Recipe(epochs=1), "zero", TINY_SPLITS)
     allowance = Allowance(most * made.unit, made, lambda: probe * made.unit)
     running: list[Cell] = []
     while not allowance.is_spent([], running):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dpt_search.compare import POINT, Judge, dealt, replay, table_noise
+from dpt_search.config import RunConfig
 from dpt_search.curves import mean_curve
 from dpt_search.map_sampler import published_walks
 from dpt_search.posterior import Hint
@@ -205,6 +206,14 @@ class TestProbe:
         assert trace.upfront == pytest.approx((150 + 2 * evaluated) / 100)
         assert trace.cost[0] == pytest.approx(trace.upfront)
         assert run("map/no-probe", probes=probes()).upfront == 0
+
+    def test_one_that_is_too_dear_is_left_out_unless_it_is_asked_for(self):
+        dear = replace(probes(), training_cost=100 * RunConfig.probe_max_cost)
+        left_out, asked_for, without = (run(name, probes=dear) for name in ("map", "map/probe", "map/no-probe"))
+        assert left_out.upfront == 0
+        assert asked_for.upfront > RunConfig.probe_max_cost
+        assert np.array_equal(left_out.cost, without.cost)
+        assert np.array_equal(left_out.regret, without.regret)
 
     def test_beside_trials_it_takes_a_worker_and_no_more_time_than_it_needs(self):
         alone, beside = run("map", probes=probes()), run("map", probes=probes(), workers=2)

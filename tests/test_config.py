@@ -17,8 +17,8 @@ MAY_GROW = {
     "run_dir", "budget", "finetune_budget", "max_trials", "max_hours", "trial_timeout", "max_concurrent",
     "max_failures", "cpus_per_trial", "devices_per_trial", "finetune_workers", "data.cache_dir", "data.workers",
     "data.root", "data.stream", "timing_batches", "timing_seconds", "compiled", "sampler", "design", "probe_epochs",
-    "probe_lr", "probe_draw", "probe_sandwich", "probe_cells", "refine", "prior", "max_attn", "max_act", "baseline",
-    "export_formats", "recipe", "checkpoint_every", "checkpoint_seconds", "checkpoints",
+    "probe_lr", "probe_draw", "probe_sandwich", "probe_cells", "probe_max_cost", "refine", "prior", "max_attn",
+    "max_act", "baseline", "export_formats", "recipe", "checkpoint_every", "checkpoint_seconds", "checkpoints",
     *(f"finetune.{f.name}" for f in fields(Recipe)),
 }  # fmt: skip
 AT_LEAST = {

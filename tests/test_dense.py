@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import CLASSES
+from conftest import CLASSES, TINY_SPLITS
 
 from search_spaces import BadInput
 from search_spaces.timm_compat import timm
@@ -195,6 +195,7 @@ def test_a_model_that_knows_the_data_passes_with_its_figures(task, learnt):
     assert found["low"] < found["accuracy"] < found["high"] or found["accuracy"] == 1
     assert found["accuracy"] > 0.8
     assert (found["images"], found["classes"], found["carved"]) == (48, CLASSES, [])
+    assert found["splits"] == TINY_SPLITS
     assert found["chance"] == pytest.approx(1 / 3)
 
 

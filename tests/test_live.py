@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TINY_IMAGES, tiny_prices
 from conftest import TINY_RANKING as RANKING
+from conftest import tiny_prices
 
 from dpt_search import table_records
 from dpt_search.config import BadConfig
@@ -21,7 +21,7 @@ from dpt_search.live_report import Request, judged_by_trials, judged_cells, own_
 from dpt_search.probe_stage import probe_task
 from dpt_search.probe_table import write_probe
 from dpt_search.remote import StageFailed
-from dpt_search.run import Run, configured_run, digest_of, identity_of, read_ranking
+from dpt_search.run import Run, configured_run, read_ranking
 from dpt_search.search_stages import decide
 from dpt_search.store import BadRun, Finished, Proposed, RunStore, TrialLog
 from dpt_search.tabulate import Request as Table
@@ -193,33 +193,31 @@ def test_a_table_of_another_ranking_or_of_one_seed_does_not_judge(run: Run, work
     assert own_table(run, Ranking((0, 1, 2, 3), RANKING.act)) is None
 
 
-@pytest.fixture
-def counted(run: Run) -> Run:
-    """A run whose images were counted for a comparison."""
-    told = {"inputs": digest_of(identity_of(run.config)), "images": TINY_IMAGES}
-    run.store.write_json("live/images.json", told)
-    return run
-
-
-def test_a_cost_that_the_probe_takes_up_is_refused(counted: Run) -> None:
+def test_a_cost_that_the_probe_takes_up_is_refused(run: Run) -> None:
     with pytest.raises(BadConfig, match=r"--max-cost 1.5 is less than the probe and one trial of the dense model cost"):
-        list(run_live(counted, Request(["map"], max_cost=1.5)))
+        list(run_live(run, Request(["map"], max_cost=1.5)))
 
 
-def test_a_table_judges_every_decision_on_the_way(counted: Run, workers: Workers) -> None:
-    tabulate(counted, Table("all", 3), (0, 1))
+def test_a_run_that_cannot_tell_costs_beforehand_is_refused(run: Run) -> None:
+    run.store.write_json("dense/dense.json", {"accuracy": 0.5, "images": 48})
+    with pytest.raises(BadRun, match=r"dense.json of .* begin another run"):
+        list(run_live(run, Request(["map"], max_cost=9.0)))
+
+
+def test_a_table_judges_every_decision_on_the_way(run: Run, workers: Workers) -> None:
+    tabulate(run, Table("all", 3), (0, 1))
     before = len(workers.done)
     request = Request(["map/no-probe", "tpe"], max_cost=4.0)
     for name in request.names:
         for number in range(2):
-            each = begun(counted, name, number, **request.told(counted))
+            each = begun(run, name, number, **request.told(run))
             for time, cell in enumerate([Cell(1, 1), Cell(0, 2), Cell(1, 3), Cell(4, 0)]):
                 add_trial(TrialLog(each.run.store), cell, 0.9 - cell.n_attn / 9, float(time), each.prices.unit)
-    title, page = list(run_live(counted, request))
+    title, page = list(run_live(run, request))
     assert "judged by the table's 3 seeds; noise floor 0.00 points" in title
     assert "units=2, units=4" in title
     assert len(workers.done) == before
-    out = Path(counted.config.run_dir, "live")
+    out = Path(run.config.run_dir, "live")
     assert page == f"page: {out}/compare.html"
     shown = (out / "compare.html").read_text()
     assert "the mean of all seeds but one in turn" in shown
@@ -229,7 +227,7 @@ def test_a_table_judges_every_decision_on_the_way(counted: Run, workers: Workers
     assert [(row["strategy"], float(row["cost"])) for row in rows] == [
         (name, cost) for name in request.names for cost in (1, 2, 3, 4)
     ]
-    chosen = decided(begun(counted, "tpe", 1, **request.told(counted)), BUDGETS, 4.0).chosen
+    chosen = decided(begun(run, "tpe", 1, **request.told(run)), BUDGETS, 4.0).chosen
     expected = [(2 - two.n_attn + 4 - four.n_attn) / 200 for two, four in chosen]
     np.testing.assert_allclose([float(row["mean"]) for row in rows if row["strategy"] == "tpe"], expected)
     assert expected[-1] > 0.02

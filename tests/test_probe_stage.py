@@ -1,6 +1,7 @@
 """The stage of the elastic probe: what a worker is told, what is written, and how it runs beside a search."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -10,10 +11,14 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from conftest import TINY_RANKING
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from dpt_search import probe_stage
 from dpt_search.config import BadConfig, RunConfig
-from dpt_search.probe_stage import ProbeBeside, is_missing, probe, probe_task
+from dpt_search.hints import hints_of
+from dpt_search.probe_stage import ProbeBeside, is_missing, prices_of, probe, probe_task
 from dpt_search.probe_table import read_probe
 from dpt_search.remote import StageFailed
 from dpt_search.run import Run, configured_run
@@ -100,6 +105,44 @@ def test_its_recipe_is_a_trials_with_its_own_length_and_learning_rate(tmp_path: 
     own = probe_task(ranked(tmp_path, probe_epochs=3, probe_lr=0.5, probe_draw="line", probe_cells=7))
     assert (own.recipe.lr, own.draw, own.lines, len(own.cells)) == (0.5, "line", LINES, 7)
     assert set(own.cells) <= {Cell(0, 0), *(cell for line in LINES for cell in line)}
+
+
+class TestAProbeThatIsTooDear:
+    """The tiny run's costs 0.8 to 1.2 trials."""
+
+    def test_is_left_out_of_a_search_and_it_is_said(self, tiny_run: Run) -> None:
+        said: list[str] = []
+        run = replace(tiny_run, config=replace(tiny_run.config, probe_max_cost=0.5), say=said.append)
+        assert not is_missing(run)
+        assert ProbeBeside.started(run, 2).pending is None
+        assert [re.sub(r"\d\.\d trials", "N trials", line) for line in said] == [
+            "probe: left out, for it would cost as much as N trials (--probe-max-cost 0.5)"
+        ]
+
+    @pytest.mark.parametrize("changes", [{"probe_max_cost": 2.0}, {"probe_max_cost": 0.0}, {"start": "probe"}])
+    def test_is_made_where_it_may_cost_that_or_must_be_there(self, tiny_run: Run, changes: dict[str, Any]) -> None:
+        tiny_run.config = replace(tiny_run.config, **{"probe_max_cost": 0.5, **changes})
+        assert is_missing(tiny_run)
+
+    def test_is_made_where_its_cost_is_not_known(self, tiny_run: Run) -> None:
+        tiny_run.config = replace(tiny_run.config, probe_max_cost=0.5)
+        tiny_run.store.write_json("dense/dense.json", {"accuracy": 0.5, "images": 48})
+        assert is_missing(tiny_run)
+
+    def test_is_made_when_asked_for_by_name(self, tiny_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls = Calls(monkeypatch)
+        tiny_run.config = replace(tiny_run.config, probe_max_cost=0.5)
+        probe(tiny_run)
+        assert len(calls.tasks) == 1
+        assert len(hints_of(tiny_run.store, TINY_RANKING.space)) == 1
+
+    @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(most=st.floats(0.01, 3))
+    def test_is_one_that_costs_more_than_it_may(self, tiny_run: Run, most: float) -> None:
+        prices = prices_of(tiny_run)
+        assert prices is not None
+        tiny_run.config = replace(tiny_run.config, probe_max_cost=most)
+        assert is_missing(tiny_run) == (prices.probe(probe_task(tiny_run)) <= most * prices.unit)
 
 
 def test_what_is_missing_or_broken_is_said(tmp_path: Path) -> None:

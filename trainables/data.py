@@ -204,6 +204,17 @@ def carved_splits(data: DataSettings) -> list[str]:
     return [split for split in ("val", "test") if split not in open_tables(data)]
 
 
+def split_sizes(data: DataSettings, seed: int) -> dict[str, int]:
+    """Return how many images the splits of a search have, with none of them decoded.
+
+    Args:
+        data: where the images are.
+        seed: of the splits.
+    """
+    tables = open_tables(data)
+    return {split: len(_select(tables, split, seed)[1]) for split in ("train", "probe", "val")}
+
+
 def _select(tables: dict[str, Table], split: str, seed: int) -> tuple[Table, Indices]:
     """Return the table that holds a split, and the split's rows in it."""
     if split != "train" and split in tables:

@@ -7,7 +7,7 @@ from typing import Any, cast
 import numpy as np
 
 from search_spaces import offered
-from trainables.data import carved_splits
+from trainables.data import carved_splits, split_sizes
 from trainables.dense import BadModel
 from trainables.devices import describe
 from trainables.engine import evaluate
@@ -38,8 +38,8 @@ def check_dense(task: Task) -> dict[str, Any]:
     """Evaluate the dense model on val.
 
     Returns:
-        Accuracy with its interval, images, classes, chance (share of the largest class), and the splits that were
-        carved out of the training images.
+        Accuracy with its interval, images, classes, chance (share of the largest class), the images of every split of
+        a search, and the splits that were carved out of the training images.
 
     Raises:
         BadModel: the accuracy is not clearly above chance.
@@ -61,5 +61,6 @@ def check_dense(task: Task) -> dict[str, Any]:
         "classes": cast(int, workspace.dense.num_classes),
         "chance": chance,
         "device": describe(workspace.device),
+        "splits": split_sizes(task.data, task.seed),
         "carved": carved_splits(task.data),
     }

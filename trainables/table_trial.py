@@ -8,7 +8,7 @@ from typing import Any
 
 from search_spaces import BadInput
 from search_spaces.plan import PruningPlan
-from trainables.tasks import ProbeTask, TrialTask
+from trainables.tasks import TrialTask
 from trainables.trial import Trial
 from trainables.workspace import Workspace
 
@@ -55,20 +55,6 @@ def run_trial(task: TrialTask, number: int, plan: str, seed: int, weights: str =
             _unusable.append(str(error))
         return {"error": f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"}
     return {**record, "images": images, "error": ""}
-
-
-def image_counts(task: TrialTask) -> dict[str, int]:
-    """Return how many images count in a trial's cost, with none of it run.
-
-    Returns:
-        `train`: of one epoch, full batches only; `val`: of one evaluation; `probe`: of the split.
-    """
-    workspace, batch = _workspace(task), task.recipe.batch_size
-    return {
-        "train": len(workspace.images("train", task.data.subset)) // batch * batch,
-        "val": len(workspace.images("val", task.data.val_limit)),
-        "probe": len(workspace.images("probe", ProbeTask.images)),
-    }
 
 
 def _workspace(task: TrialTask) -> Workspace:

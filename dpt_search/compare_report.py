@@ -16,7 +16,7 @@ from dpt_search.blend import Blend
 from dpt_search.compare import POINT
 from dpt_search.config import BadConfig
 from dpt_search.curves import Curve, mean_curve
-from dpt_search.hints import resampled
+from dpt_search.hints import resampled, without_steps
 from dpt_search.map_predictor import Array
 from dpt_search.map_sampler import ratios
 from dpt_search.posterior import Data
@@ -153,13 +153,14 @@ def beside(location: str, what: str) -> str:
 
 
 def _prior(location: str, space: RatioSpace) -> Array | None:
-    """Return the surface that a search of another table would have ended with, at this space's ratios."""
+    """Return the surface that a search of another table would have ended with, as a prior of this space."""
     if not location:
         return None
     table = read_table(location)
     index = {cell: i for i, cell in enumerate(table.space)}
     data = Data.of(np.array([index[cell] for cell in table.cells]), np.nanmean(table.accuracies, axis=1))
-    return resampled(Blend(ratios(table.space), dense=table.dense).posterior(data).mean, table.space, space)
+    mean = Blend(ratios(table.space), dense=table.dense).posterior(data).mean
+    return without_steps(resampled(mean, table.space, space), space)
 
 
 def budgets_of(text: str, space: RatioSpace) -> tuple[Goal, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from scipy.interpolate import RegularGridInterpolator
+from scipy.signal import savgol_filter
 
 from dpt_search.config import BadConfig
 from dpt_search.map_predictor import Array
@@ -43,6 +44,21 @@ def hints_of(store: RunStore, space: RatioSpace, priors: Sequence[str] = ()) -> 
     return own + [Hint(prior_surface(location, space)) for location in priors]
 
 
+def without_steps(surface: Array, space: RatioSpace) -> Array:
+    """Return an earlier run's surface without what its single units do, [cells of the space].
+
+    Its ranking is of other units, so where that surface steps this one does not: each value becomes that of a straight
+    line through the cells within a sixth of the range, along one kind and then the other. What lies beyond the last
+    unit of a kind stays apart.
+    """
+    values = surface.reshape(space.n_attn + 1, space.n_act + 1).copy()
+    for axis, units in enumerate((space.n_attn, space.n_act)):
+        before_last = values if axis == 0 else values.T
+        if width := 2 * round(units / 6):
+            before_last[:units] = savgol_filter(before_last[:units], width + 1, polyorder=1, axis=0)
+    return values.ravel()
+
+
 def smooth(space: RatioSpace, cells: Sequence[Cell], accuracies: Array, epochs: int) -> Hint:
     """Return the smooth surface through a probe's accuracies of some cells, and how sure it is between them.
 
@@ -63,7 +79,7 @@ def smooth(space: RatioSpace, cells: Sequence[Cell], accuracies: Array, epochs: 
 def prior_surface(location: str, space: RatioSpace) -> Array:
     """Return the surface that an earlier run believes in, at the same ratios, [cells of the space].
 
-    The earlier model may have another number of units.
+    The earlier model may have another number of units; what its single units do is left out.
 
     Raises:
         BadConfig: the run has no recommendation yet, or does not exist.
@@ -72,7 +88,8 @@ def prior_surface(location: str, space: RatioSpace) -> Array:
     if found is None:
         raise BadConfig(f"prior {location!r} has no recommendation.json: name the directory of a run that has searched")
     surface = found["surface"]
-    return resampled(np.ravel(surface["mean"]), RatioSpace(surface["n_attn"], surface["n_act"]), space)
+    own = RatioSpace(surface["n_attn"], surface["n_act"])
+    return without_steps(resampled(np.ravel(surface["mean"]), own, space), space)
 
 
 def resampled(surface: Array, own: RatioSpace, space: RatioSpace) -> Array:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpt_search.config import BadConfig
-from dpt_search.hints import hints_of, prior_surface, resampled, smooth
+from dpt_search.hints import hints_of, prior_surface, resampled, smooth, without_steps
 from dpt_search.map_sampler import ratios
 from dpt_search.posterior import Hint
 from dpt_search.probe_table import write_probe
@@ -69,7 +69,31 @@ def test_the_probe_comes_first_then_every_prior(tmp_path):
     found = hints_of(store, SPACE, [prior.location, prior.location])
     assert len(found) == 3
     assert found[0].mean[INDEX[Cell(0, 0)]] == pytest.approx(0.7, abs=0.02)
-    np.testing.assert_allclose(found[1].mean, surface(SPACE))
+    np.testing.assert_allclose(found[1].mean, without_steps(surface(SPACE), SPACE))
+
+
+@given(st.integers(0, 24), st.integers(0, 24), st.floats(-1, 1), st.floats(-1, 1), st.floats(0, 0.8))
+def test_a_prior_keeps_its_slopes_and_its_cliffs(n_attn, n_act, by_attn, by_act, cliff):
+    space = RatioSpace(n_attn, n_act)
+    attn, act = ratios(space).T
+    beyond = np.array([(cell.n_attn == n_attn > 0) * cliff + (cell.n_act == n_act > 0) * cliff for cell in space])
+    plane = 0.8 + by_attn * attn + by_act * act - beyond
+    np.testing.assert_allclose(without_steps(plane, space), plane, atol=1e-9)
+
+
+@given(st.integers(0, 11), st.booleans())
+def test_what_a_single_unit_does_is_shared_with_those_beside_it(at, of_attn):
+    space = RatioSpace(12, 12)
+    step = np.array([float((cell.n_attn if of_attn else cell.n_act) == at) for cell in space])
+    # Near the ends of the range the line through five cells is asked away from their middle.
+    most = 0.2 if 4 <= at <= 7 else 0.6
+    assert without_steps(step, space).max() == pytest.approx(most, abs=1e-9 if most == 0.2 else 0.4)
+
+
+def test_a_small_lattice_stays_as_it_is():
+    for space in (RatioSpace(0, 0), RatioSpace(2, 0), RatioSpace(2, 2)):
+        values = np.random.default_rng(0).random(len(space))
+        np.testing.assert_array_equal(without_steps(values, space), values)
 
 
 def test_a_prior_that_has_not_searched_is_one_line(tmp_path):

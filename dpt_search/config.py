@@ -70,9 +70,8 @@ class RunConfig:
     """Epochs of the elastic probe, which gives every cell a cheap accuracy beside the first trials; 0 leaves it out."""
     probe_lr: float = 0.0
     """Peak learning rate of the probe at batch size 512; 0: that of a trial."""
-    probe_draw: Literal["shallow", "uniform", "line"] = "uniform"
-    """What the probe trains on: shallow, every number of units up to half of all alike, and the cells of each; uniform,
-    all cells alike; line, the budgets alike, and the cells of each."""
+    probe_draw: Literal["uniform", "line"] = "uniform"
+    """What the probe trains on: uniform, all cells alike; line, the budgets alike, and the cells of each."""
     probe_sandwich: bool = False
     """Train every batch of the probe as the dense model and as a smallest one too, at three times the cost."""
     probe_cells: int = 16

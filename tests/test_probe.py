@@ -137,23 +137,7 @@ def test_line_draws_every_budget_alike_and_nothing_else(task: ProbeTask) -> None
     assert set(drawn) == {cell for line in LINES for cell in line}
 
 
-def test_shallow_draws_every_number_of_units_up_to_half_alike(task: ProbeTask) -> None:
-    drawn = list(islice(drawn_cells(replace(task, draw="shallow"), 0), 4000))
-    totals = np.bincount([cell.total for cell in drawn])
-    assert len(totals) == 5
-    assert totals[0] == 0
-    assert abs(totals[1:] - 1000).max() < 120
-    assert set(drawn) == {cell for cell in ALL if 1 <= cell.total <= 4}
-
-
-@pytest.mark.parametrize(("attn", "act"), [((0,), ()), ((), (0,)), ((0,), (0,)), ((2, 0, 1), ())])
-@pytest.mark.parametrize("draw", ["shallow", "uniform"])
-def test_a_model_of_few_units_has_cells_to_draw(task: ProbeTask, attn: Any, act: Any, draw: str) -> None:
-    few = replace(task, ranking=Ranking(attn, act), draw=draw)
-    assert set(islice(drawn_cells(few, 0), 50)) <= set(few.ranking.space)
-
-
-@pytest.mark.parametrize(("draw", "most"), [("uniform", 8), ("line", 5), ("shallow", 4)])
+@pytest.mark.parametrize(("draw", "most"), [("uniform", 8), ("line", 5)])
 def test_the_sandwich_is_dense_then_smallest_then_any(task: ProbeTask, draw: str, most: int) -> None:
     drawn = list(islice(drawn_cells(replace(task, draw=draw, sandwich=True), 0), 300))
     assert set(drawn[0::3]) == {Cell(0, 0)}

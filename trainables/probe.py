@@ -8,7 +8,7 @@ model teaches, as in one-shot architecture search (Yu and Huang 2019, "Universal
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,11 +60,7 @@ def switch(gates: Mapping[Unit, torch.Tensor], plan: PruningPlan) -> None:
 def drawn_cells(task: ProbeTask, epoch: int) -> Iterator[Cell]:
     """Yield the cell of each pass of an epoch, without end; under the sandwich rule the passes of a batch in a row."""
     rng = np.random.default_rng([task.seed + task.reseed, epoch])
-    space, lines = task.ranking.space, task.lines
-    if task.draw == "uniform":
-        lines = (tuple(space),)
-    elif task.draw == "shallow":
-        lines = tuple(tuple(space.line(total)) for total in range(1, max(1, space.total // 2) + 1))
+    lines: Sequence[Sequence[Cell]] = task.lines if task.draw == "line" else (tuple(task.ranking.space),)
     most = max(cell.total for line in lines for cell in line)
     smallest = sorted({cell for line in lines for cell in line if cell.total == most})
     while True:

@@ -136,8 +136,7 @@ class ProbeTask(Task):
         ranking: makes the plans nested.
         lines: the cells of every budget.
         cells: the cells to evaluate.
-        draw: `uniform`, over all cells; `line`, over `lines`, and then over the cells of one; `shallow`, over the
-            numbers of units up to half of all, and then over the cells with so many.
+        draw: `uniform`, over all cells; `line`, over `lines`, and then over the cells of one.
         sandwich: train every batch as the dense model and as a cell of the most units too.
         folder: place or URI for the state after the newest epoch, and for the shared weights.
         images: most images of the split `probe` to evaluate on.

@@ -100,11 +100,12 @@ class Judge:
     def _probe(self, probes: ProbeSeeds, seed: int) -> Probe:
         dense = self._table.costs[self._index[Cell(0, 0)]]
         # Not in step with the observed column: every pair of both comes in turn.
-        said = probes.accuracies[:, (seed + self._round) % probes.accuracies.shape[1]].tolist()
-        costs = (probes.costs / dense).tolist()
+        chosen = (seed + self._round) % probes.accuracies.shape[1]
+        losses = None if probes.losses is None else _by_cell(probes, probes.losses[:, chosen])
         return Probe(
-            dict(zip(probes.cells, said, strict=True)),
-            dict(zip(probes.cells, costs, strict=True)),
+            _by_cell(probes, probes.accuracies[:, chosen]),
+            losses,
+            _by_cell(probes, probes.costs / dense),
             probes.training_cost / dense,
             probes.epochs,
         )
@@ -163,6 +164,10 @@ class Judge:
 
     def _lost(self, line: np.ndarray, index: int) -> float:
         return float(self._truth[line].max() - self._truth[index])
+
+
+def _by_cell(probes: ProbeSeeds, values: Array) -> dict[Cell, float]:
+    return dict(zip(probes.cells, values.tolist(), strict=True))
 
 
 def dealt(table: SurfaceTable, times: int) -> SurfaceTable:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.interpolate import RegularGridInterpolator
 from scipy.signal import savgol_filter
+from scipy.stats import theilslopes
 
 from dpt_search.config import BadConfig
 from dpt_search.map_predictor import Array
@@ -40,7 +41,7 @@ def hints_of(store: RunStore, space: RatioSpace, priors: Sequence[str] = ()) -> 
         BadRun: the probe's table cannot be read.
     """
     probe = read_probe(store)
-    own = [] if probe is None else [smooth(space, probe.cells, probe.accuracies, probe.epochs)]
+    own = [] if probe is None else [smooth(space, probe.cells, probe.accuracies, probe.losses, probe.epochs)]
     return own + [Hint(prior_surface(location, space)) for location in priors]
 
 
@@ -59,21 +60,40 @@ def without_steps(surface: Array, space: RatioSpace) -> Array:
     return values.ravel()
 
 
-def smooth(space: RatioSpace, cells: Sequence[Cell], accuracies: Array, epochs: int) -> Hint:
-    """Return the smooth surface through a probe's accuracies of some cells, and how sure it is between them.
+def smooth(space: RatioSpace, cells: Sequence[Cell], accuracies: Array, losses: Array | None, epochs: int) -> Hint:
+    """Return the smooth surface through what a probe says of some cells, and how sure it is between them.
 
     Args:
         space: the lattice.
         cells: that the probe evaluated.
         accuracies: [cells], of each.
+        losses: [cells], mean cross-entropy of each, in nats; None where that is not known.
         epochs: of the probe's training.
     """
     index = {cell: i for i, cell in enumerate(space)}
-    data = Data.of(np.array([index[cell] for cell in cells]), accuracies)
+    said = accuracies if losses is None else by_loss(accuracies, losses)
+    data = Data.of(np.array([index[cell] for cell in cells]), said)
     found = Surface(ratios(space), degree=0).posterior(data)
     by_attn, by_act, by_both = PROBE_PARTS
     parts = by_attn, min(1.0, by_act * epochs), by_both
     return Hint(found.mean, found.covariance, PROBE_TRUST, parts, spread=1.0)
+
+
+def by_loss(accuracies: Array, losses: Array) -> Array:
+    """Return what the losses of cells say of their accuracies, [cells].
+
+    A loss weighs every image by how far off it is, where an accuracy counts those that change sides: of as many images
+    it tells a small difference with a fraction of the noise. The straight line that makes accuracies of losses has the
+    median slope between cells (Theil and Sen), which a few cells beyond a cliff do not bend.
+
+    Args:
+        accuracies: [cells].
+        losses: [cells], mean cross-entropies.
+    """
+    if np.ptp(losses) == 0:
+        return accuracies
+    slope, intercept, *_ = theilslopes(accuracies, losses)
+    return intercept + slope * losses if slope < 0 else accuracies
 
 
 def prior_surface(location: str, space: RatioSpace) -> Array:

@@ -24,11 +24,12 @@ from trainables.tasks import ProbeTask
 NAME = "probes.parquet"
 SCHEMA = pa.schema(
     {
-        "n_attn": pa.int64(), "n_act": pa.int64(), "seed": pa.int64(), "accuracy": pa.float64(), "images": pa.int64(),
-        "cost": pa.float64(),
+        "n_attn": pa.int64(), "n_act": pa.int64(), "seed": pa.int64(), "accuracy": pa.float64(), "loss": pa.float64(),
+        "images": pa.int64(), "cost": pa.float64(),
     }
 )  # fmt: skip
-"""Accuracies are fractions on the split `probe`; `cost` is that of one evaluation, images times MACs."""
+"""Accuracies are fractions on the split `probe`, and losses mean cross-entropies there in nats; `cost` is that of one
+evaluation, images times MACs."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class ProbeSeeds:
     Attributes:
         cells: the cells, in lexicographic order.
         accuracies: with the shared weights of each seed, shape (cells, seeds).
+        losses: mean cross-entropies of the same, in nats; None where an earlier version made the table.
         costs: of one evaluation of each cell, images times MACs, shape (cells,).
         training_cost: of the shared weights of one seed, images times MACs.
         epochs: of their training.
@@ -45,6 +47,7 @@ class ProbeSeeds:
 
     cells: list[Cell]
     accuracies: NDArray[np.float64]
+    losses: NDArray[np.float64] | None
     costs: NDArray[np.float64]
     training_cost: float
     epochs: int
@@ -94,7 +97,7 @@ def _record(run: Run, seed: int, task: ProbeTask) -> dict[str, Any] | None:
 
 def _write(place: str, records: list[dict[str, Any]], task: ProbeTask) -> None:
     rows = [
-        {name: row[name] for name in ("n_attn", "n_act", "accuracy", "images", "cost")} | {"seed": seed}
+        {name: row[name] for name in SCHEMA.names if name != "seed"} | {"seed": seed}
         for seed, record in enumerate(records)
         for row in record["rows"]
     ]
@@ -124,7 +127,10 @@ def read_probes(location: str) -> ProbeSeeds | None:
     cells = sorted({Cell(row["n_attn"], row["n_act"]) for row in rows})
     position = {cell: index for index, cell in enumerate(cells)}
     accuracies, costs = np.full((len(cells), 1 + max(row["seed"] for row in rows)), np.nan), np.zeros(len(cells))
+    losses = np.full_like(accuracies, np.nan) if "loss" in table.column_names else None
     for row in rows:
         where = position[Cell(row["n_attn"], row["n_act"])]
         accuracies[where, row["seed"]], costs[where] = row["accuracy"], row["cost"]
-    return ProbeSeeds(cells, accuracies, costs, about["training_cost"], about["recipe"]["epochs"])
+        if losses is not None:
+            losses[where, row["seed"]] = row["loss"]
+    return ProbeSeeds(cells, accuracies, losses, costs, about["training_cost"], about["recipe"]["epochs"])

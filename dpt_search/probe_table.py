@@ -17,9 +17,16 @@ from search_spaces.ratios import Cell
 
 NAME = "probe.parquet"
 SCHEMA = pa.schema(
-    {"n_attn": pa.int64(), "n_act": pa.int64(), "plan": pa.string(), "accuracy": pa.float64(), "images": pa.int64()}
+    {
+        "n_attn": pa.int64(),
+        "n_act": pa.int64(),
+        "plan": pa.string(),
+        "accuracy": pa.float64(),
+        "loss": pa.float64(),
+        "images": pa.int64(),
+    }
 )
-"""Accuracies are fractions on the split `probe`, over so many images."""
+"""Accuracies are fractions on the split `probe`, over so many images, and losses mean cross-entropies there in nats."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +36,14 @@ class ProbeTable:
     Attributes:
         cells: the cells that were evaluated; the dense model's is always one of them.
         accuracies: of each with the shared weights, on the split `probe`; shape (cells,).
+        losses: mean cross-entropies of the same, in nats; None where an earlier version made the table.
         epochs: of the shared weights' training.
         about: cost (images times MACs), seconds and so on, as plain data.
     """
 
     cells: list[Cell]
     accuracies: NDArray[np.float64]
+    losses: NDArray[np.float64] | None
     epochs: int
     about: dict[str, Any]
 
@@ -57,9 +66,12 @@ def read_probe(store: RunStore) -> ProbeTable | None:
         table = from_bytes(store.read(NAME))
         about = json.loads((table.schema.metadata or {})[b"probe"])
         epochs = int(about["epochs"])
-        rows = [(Cell(row["n_attn"], row["n_act"]), row["accuracy"]) for row in table.to_pylist()]
+        cells = [Cell(row["n_attn"], row["n_act"]) for row in table.to_pylist()]
+        accuracies = table["accuracy"].to_numpy()
+        known = "loss" in table.column_names and not table["loss"].null_count
+        losses = table["loss"].to_numpy() if known else None
     except (pa.ArrowException, ValueError, KeyError) as error:
         raise BadRun(
             f"cannot read {store.path(NAME)} ({first_line(error)}): remove it to have the probe made again"
         ) from None
-    return ProbeTable([cell for cell, _ in rows], np.array([accuracy for _, accuracy in rows]), epochs, about)
+    return ProbeTable(cells, accuracies, losses, epochs, about)

@@ -25,15 +25,22 @@ class Probe:
 
     Attributes:
         accuracies: of each cell that the table of probes has.
+        losses: of the same; None where that is not known.
         costs: of evaluating each.
         training: cost of the shared weights.
         epochs: of their training.
     """
 
     accuracies: dict[Cell, float]
+    losses: dict[Cell, float] | None
     costs: dict[Cell, float]
     training: float
     epochs: int
+
+    def said(self, cells: Sequence[Cell]) -> tuple[Array, Array | None]:
+        """Return accuracies and losses of some cells; None for losses that are not known."""
+        losses = None if self.losses is None else np.array([self.losses[cell] for cell in cells])
+        return np.array([self.accuracies[cell] for cell in cells]), losses
 
     def evaluated(self, space: RatioSpace, budgets: Sequence[Goal]) -> list[Cell]:
         """Return the cells that a run evaluates by default."""

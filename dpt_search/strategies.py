@@ -106,9 +106,9 @@ class Hinted(WholeSquare):
             self.upfront = cost if cost <= probe_max_cost * problem.cost(Cell(0, 0)) else 0.0
 
     def take_probe(self) -> None:
-        assert self._problem.probe is not None
-        accuracies = np.array([self._problem.probe.accuracies[cell] for cell in self._cells])
-        found = smooth(self._problem.space, self._cells, accuracies, self._problem.probe.epochs)
+        probe = self._problem.probe
+        assert probe is not None
+        found = smooth(self._problem.space, self._cells, *probe.said(self._cells), probe.epochs)
         self._hints = [found, *self._hints]
         self._observed.take_hints(self._hints)
 

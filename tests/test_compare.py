@@ -196,7 +196,7 @@ def probes(seeds: int = 2, noise: float = 0.003) -> ProbeSeeds:
     generator, cells = np.random.default_rng(5), list(SPACE)
     truths = np.array([truth(cell) - 0.05 for cell in cells])
     accuracies = truths[:, None] + noise * generator.standard_normal((len(cells), seeds))
-    return ProbeSeeds(cells, accuracies, np.full(len(cells), 2.0), 150.0, epochs=2)
+    return ProbeSeeds(cells, accuracies, None, np.full(len(cells), 2.0), 150.0, epochs=2)
 
 
 class TestProbe:
@@ -206,6 +206,13 @@ class TestProbe:
         assert trace.upfront == pytest.approx((150 + 2 * evaluated) / 100)
         assert trace.cost[0] == pytest.approx(trace.upfront)
         assert run("map/no-probe", probes=probes()).upfront == 0
+
+    def test_its_losses_are_believed_rather_than_its_accuracies(self):
+        by_accuracy = run("map", probes=probes(noise=0.02))
+        made = probes(noise=0.02)
+        losses = np.array([[3 * (0.95 - truth(cell))] * 2 for cell in made.cells])
+        by_loss = run("map", probes=replace(made, losses=losses))
+        assert by_loss.regret[0].mean() < by_accuracy.regret[0].mean()
 
     def test_one_that_is_too_dear_is_left_out_unless_it_is_asked_for(self):
         dear = replace(probes(), training_cost=100 * RunConfig.probe_max_cost)

@@ -16,7 +16,7 @@ from search_spaces.plan import PruningPlan
 from trainables.checkpoints import load_state, save_state
 from trainables.data import View, load_images
 from trainables.dense import build_model
-from trainables.engine import Diverged, Training, evaluate
+from trainables.engine import Diverged, Training, _logits, accuracy_and_loss, evaluate
 from trainables.importance import importance, rank
 from trainables.objective import distillation_loss
 from trainables.settings import Recipe
@@ -208,13 +208,23 @@ def test_evaluation_is_what_a_plain_loop_finds(tiny, val, batch_size):
     model = build_model(tiny, seed=3, drop_path=0.9).train()
     right = evaluate(model, val, CPU, batch_size=batch_size)
     plain = build_model(tiny, seed=3)
-    expected = []
+    expected, losses = [], []
     with torch.no_grad():
         for picture, label in zip(val.pixels, val.labels, strict=True):
             pixels = (torch.from_numpy(picture.copy()).permute(2, 0, 1)[None] / 255 - 0.4) / 0.25
-            expected.append(int(plain(pixels).argmax()) == label)
+            logits = plain(pixels)[0]
+            expected.append(int(logits.argmax()) == label)
+            losses.append(-float(logits.log_softmax(0)[label]))
     assert right.tolist() == expected
     assert right.dtype == bool
+    accuracy, loss = accuracy_and_loss(model, val, CPU, batch_size=batch_size)
+    assert accuracy == right.mean()
+    assert loss == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+def test_what_is_done_with_outputs_is_not_cast(tiny, val):
+    for _ in _logits(build_model(tiny, seed=3), val, CPU, True, 20, 0):
+        assert not torch.is_autocast_enabled("cpu")
 
 
 def test_evaluation_sees_every_image_once_in_order_normalised(val):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpt_search.config import BadConfig
-from dpt_search.hints import hints_of, prior_surface, resampled, smooth, without_steps
+from dpt_search.hints import by_loss, hints_of, prior_surface, resampled, smooth, without_steps
 from dpt_search.map_sampler import ratios
 from dpt_search.posterior import Hint
 from dpt_search.probe_table import write_probe
@@ -24,9 +24,40 @@ def surface(space: RatioSpace) -> np.ndarray:
 
 def test_some_cells_make_the_whole_surface():
     cells = [cell for cell in spread(SPACE, list(SPACE)) if cell.n_attn < 6 and cell.n_act < 8][:25]
-    found = smooth(SPACE, cells, surface(SPACE)[[INDEX[cell] for cell in cells]], epochs=2)
+    found = smooth(SPACE, cells, surface(SPACE)[[INDEX[cell] for cell in cells]], None, epochs=2)
     inner = [INDEX[cell] for cell in SPACE if cell.n_attn < 6 and cell.n_act < 8]
     assert np.abs(found.mean - surface(SPACE))[inner].max() < 0.01
+
+
+@given(st.lists(st.floats(0.1, 3), min_size=3, max_size=16, unique=True), st.floats(0.05, 0.5))
+def test_losses_become_accuracies_by_the_line_through_both(losses, slope):
+    accuracies = 1 - slope * np.array(losses)
+    np.testing.assert_allclose(by_loss(accuracies, np.array(losses)), accuracies, atol=1e-9)
+
+
+def test_losses_beyond_a_cliff_do_not_bend_the_line():
+    losses = np.linspace(0.3, 1.5, 12)
+    accuracies = 1 - 0.3 * losses
+    told = by_loss(np.r_[accuracies, 0.1, 0.1], np.r_[losses, 12.0, 15.0])
+    np.testing.assert_allclose(np.diff(told[:12]), np.diff(accuracies), rtol=0.2)
+
+
+@pytest.mark.parametrize("losses", [[0.5, 0.5, 0.5], [0.4, 0.5, 0.6]])
+def test_losses_that_tell_nothing_of_accuracies_are_left_out(losses):
+    accuracies = np.array([0.5, 0.6, 0.7])
+    assert by_loss(accuracies, np.array(losses)) is accuracies
+
+
+def test_a_probe_is_believed_by_its_losses():
+    cells = [cell for cell in spread(SPACE, list(SPACE)) if cell.n_attn < 6 and cell.n_act < 8][:25]
+    true = surface(SPACE)[[INDEX[cell] for cell in cells]]
+    noisy = true + 0.02 * np.random.default_rng(0).standard_normal(len(cells))
+    inner = [INDEX[cell] for cell in SPACE if cell.n_attn < 6 and cell.n_act < 8]
+    off = [
+        np.std((smooth(SPACE, cells, noisy, losses, epochs=2).mean - surface(SPACE))[inner])
+        for losses in (None, 3 - 3 * true)
+    ]
+    assert off[1] < off[0] / 3
 
 
 @given(st.tuples(*[st.floats(0, 1.5)] * 3))
@@ -41,7 +72,7 @@ def test_each_part_of_a_hint_is_expected_by_its_own_coefficient(parts):
 @pytest.mark.parametrize(("epochs", "act"), [(1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (20, 1.0)])
 def test_a_probe_is_expected_by_parts_and_a_run_as_it_is(epochs, act):
     cells = [Cell(0, 0), Cell(3, 2), Cell(2, 5), Cell(5, 5)]
-    found = smooth(SPACE, cells, np.array([0.8, 0.7, 0.6, 0.4]), epochs)
+    found = smooth(SPACE, cells, np.array([0.8, 0.7, 0.6, 0.4]), None, epochs)
     assert found.parts == pytest.approx((0.85, act, 0.2))
     assert found.spread < Hint(found.mean).spread
     np.testing.assert_allclose(Hint(found.mean).expected(ratios(SPACE)), found.mean - found.mean.mean(), atol=1e-12)
@@ -63,7 +94,15 @@ def test_the_probe_comes_first_then_every_prior(tmp_path):
     prior.write_json("recommendation.json", {"surface": {"n_attn": 6, "n_act": 8, "mean": rows}})
     cells = [Cell(0, 0), Cell(3, 2), Cell(2, 5), Cell(5, 5)]
     probed = [
-        {"n_attn": c.n_attn, "n_act": c.n_act, "plan": "", "accuracy": 0.7 - c.total / 50, "images": 9} for c in cells
+        {
+            "n_attn": c.n_attn,
+            "n_act": c.n_act,
+            "plan": "",
+            "accuracy": 0.7 - c.total / 50,
+            "loss": 1 + c.total / 20,
+            "images": 9,
+        }
+        for c in cells
     ]
     write_probe(store, probed, {"cost": 1.0, "epochs": 2})
     found = hints_of(store, SPACE, [prior.location, prior.location])

@@ -216,4 +216,4 @@ def test_the_probe_does_what_it_is_for(task: ProbeTask) -> None:
     """On average over the cells the shared weights do better than the dense model's own."""
     adapted = replace(task, recipe=replace(RECIPE, epochs=12, lr=0.03, distillation_alpha=0.0))
     before = evaluate_cells(Workspace(task).dense, task, Workspace(task).images("probe"), CPU)
-    assert np.mean(list(cells_of(run_probe(adapted)).values())) > np.mean([accuracy for accuracy, _ in before]) + 0.2
+    assert np.mean(list(cells_of(run_probe(adapted)).values())) > np.mean([accuracy for accuracy, *_ in before]) + 0.2

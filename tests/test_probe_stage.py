@@ -57,7 +57,14 @@ class Calls:
         assert (target, cpus) == ("trainables.probe:run_probe", task.threads)
         self.tasks.append(task)
         rows = [
-            {"n_attn": c.n_attn, "n_act": c.n_act, "plan": str(RANKING.plan(c)), "accuracy": c.n_act / 10, "images": 9}
+            {
+                "n_attn": c.n_attn,
+                "n_act": c.n_act,
+                "plan": str(RANKING.plan(c)),
+                "accuracy": c.n_act / 10,
+                "loss": 2 - c.n_act / 9,
+                "images": 9,
+            }
             for c in task.cells
         ]
         return {"rows": rows, "epochs": task.recipe.epochs, "cost": 12.5, "seconds": 1.0, "versions": {"torch": "2"}}
@@ -77,11 +84,13 @@ def test_the_stage_writes_what_it_promised_once(tmp_path: Path, monkeypatch: pyt
     probe(run)
     assert len(calls.tasks) == 1
     rows = pq.read_table(tmp_path / "probe.parquet", use_threads=False)
-    assert rows.schema.names == ["n_attn", "n_act", "plan", "accuracy", "images"]
+    assert rows.schema.names == ["n_attn", "n_act", "plan", "accuracy", "loss", "images"]
     table = read_probe(run.store)
     assert table is not None
     assert table.cells == sorted({Cell(0, 0), *(cell for line in LINES for cell in line)})
     assert np.array_equal(table.accuracies, [cell.n_act / 10 for cell in table.cells])
+    assert table.losses is not None
+    assert np.array_equal(table.losses, [2 - cell.n_act / 9 for cell in table.cells])
     assert table.about["cost"] == 12.5
     assert {"epochs", "seconds", "seed", "versions", "draw", "sandwich", "recipe"} <= table.about.keys()
 

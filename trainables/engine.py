@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from search_spaces.timm_compat import timm
 from trainables.batches import key_of, parts_of
@@ -239,14 +240,31 @@ def evaluate(
     return choices(model, images, device, amp=amp, batch_size=batch_size, workers=workers) == images.labels
 
 
-@torch.inference_mode()
 def choices(
     model: Module, images: ImageSet, device: torch.device, *, amp: bool = True, batch_size: int = 256, workers: int = 0
 ) -> Indices:
     """Return the model's first choice for every image in order; shape (images,)."""
+    return np.concatenate(
+        [logits.argmax(dim=1).numpy() for logits in _logits(model, images, device, amp, batch_size, workers)]
+    )
+
+
+def accuracy_and_loss(
+    model: Module, images: ImageSet, device: torch.device, *, amp: bool = True, batch_size: int = 256, workers: int = 0
+) -> tuple[float, float]:
+    """Return the share of images whose first choice is right, and the mean cross-entropy in nats."""
+    logits = torch.cat(list(_logits(model, images, device, amp, batch_size, workers)))
+    labels = torch.as_tensor(images.labels)
+    return float((logits.argmax(dim=1) == labels).double().mean()), float(cross_entropy(logits.double(), labels))
+
+
+@torch.inference_mode()
+def _logits(
+    model: Module, images: ImageSet, device: torch.device, amp: bool, batch_size: int, workers: int
+) -> Iterator[torch.Tensor]:
+    """Yield the model's outputs on the CPU, batch by batch, for the images in order."""
     model = model.to(device).eval()
-    chosen = []
     for pixels, _ in images.eval_batches(batch_size, workers):
         with autocast(device, amp):
-            chosen.append(model(pixels.to(device)).argmax(dim=1).cpu().numpy())
-    return np.concatenate(chosen)
+            logits = model(pixels.to(device)).cpu()
+        yield logits

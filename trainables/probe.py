@@ -21,7 +21,7 @@ from search_spaces.ratios import Cell
 from trainables.checkpoints import load_state, save_state
 from trainables.data import ImageSet
 from trainables.devices import describe
-from trainables.engine import Training, evaluate
+from trainables.engine import Training, accuracy_and_loss
 from trainables.locations import write_bytes
 from trainables.tasks import TRAINING_FORWARDS, ProbeTask
 from trainables.timing import count_macs, merged_without
@@ -75,7 +75,7 @@ def run_probe(task: ProbeTask) -> dict[str, Any]:
     """Train the shared weights, or go on from the newest epoch; write them; evaluate the task's cells with them.
 
     Returns:
-        `rows`: one a cell, with n_attn, n_act, plan, accuracy on the split `probe`, images and cost; what it took:
+        `rows`: one a cell, with n_attn, n_act, plan, accuracy and loss on the split `probe`, images and cost;
         `cost` (images times MACs) and the `training_cost` in it, seconds, losses by epoch.
 
     Raises:
@@ -95,15 +95,15 @@ def run_probe(task: ProbeTask) -> dict[str, Any]:
         "rows": [
             {
                 "n_attn": cell.n_attn, "n_act": cell.n_act, "plan": str(task.ranking.plan(cell)),
-                "accuracy": accuracy, "images": len(images), "cost": cost,
+                "accuracy": accuracy, "loss": loss, "images": len(images), "cost": cost,
             }
-            for cell, (accuracy, cost) in zip(task.cells, evaluated, strict=True)
+            for cell, (accuracy, loss, cost) in zip(task.cells, evaluated, strict=True)
         ],
         "epochs": len(epochs),
         "losses": [epoch["loss"] for epoch in epochs],
         "images": {"train": len(workspace.images("train", task.data.subset)), "probe": len(images)},
         "training_cost": training_cost,
-        "cost": training_cost + sum(cost for _, cost in evaluated),
+        "cost": training_cost + sum(cost for *_, cost in evaluated),
         "seconds": time.perf_counter() - start,
         "device": describe(workspace.device),
         "versions": versions(),
@@ -136,14 +136,14 @@ def _train(task: ProbeTask, workspace: Workspace) -> tuple[torch.nn.Module, list
 
 def evaluate_cells(
     model: torch.nn.Module, task: ProbeTask, images: ImageSet, device: torch.device
-) -> list[tuple[float, float]]:
-    """Return accuracy and cost (images times MACs) of every cell of the task with a model's weights; it stays as it is.
+) -> list[tuple[float, float, float]]:
+    """Return accuracy, mean cross-entropy and cost (images times MACs) of every cell with a model's weights.
 
-    Each cell is evaluated as its merged model, which costs about half of what closed gates would.
+    The model stays as it is. Each cell is evaluated as its merged model, at about half the cost of closed gates.
     """
     found = []
     for cell in task.cells:
         small = merged_without(model, task.ranking.plan(cell), task.attention)
-        right = evaluate(small, images, device, amp=task.recipe.amp, workers=task.data.workers)
-        found.append((float(right.mean()), count_macs(small, images.view.input_size) * len(images)))
+        told = accuracy_and_loss(small, images, device, amp=task.recipe.amp, workers=task.data.workers)
+        found.append((*told, count_macs(small, images.view.input_size) * len(images)))
     return found

@@ -3,19 +3,21 @@
     python benchmarks/probe_worth.py TABLE PROBES [PROBES ...] [--seeds 18] [--max-trials 18]
 
 TABLE is a surface that `dpt-search tabulate` wrote, each PROBES what `tabulate --probes N` wrote of the same model,
-with other epochs, say. Costs are in trials of the dense model. Kendall's tau is to the mean of the table's trials, over
-all cells that both have and within the budget lines, averaged over lines and probe seeds. The coefficients are what of
-the probe's losses is left in the trials, by least squares over the feasible cells: of its losses by attentions, by
-activations, and by both at once beyond their sum. Replays of `map/probe` decide all of the default budgets at once, as
-`dpt-search compare` does. How much of the evaluation shared prefixes of the network would save, were every prefix of
-the evaluated plans computed once, follows from the plans: with a block's attention counted as one, its two linear
-layers as two, and as half once they are merged.
+with other epochs, say. Costs are in trials of the dense model. Kendall's tau is to the mean of the table's trials,
+over all cells that both have and within the budget lines, averaged over lines and probe seeds. The coefficients are
+what of the probe's losses is left in the trials, by least squares over the feasible cells: of its losses by
+attentions, by activations, and by both at once beyond their sum. Replays of `map/probe` decide all of the default
+budgets at once, as `dpt-search compare` does. Where a probe tells losses, it is believed by them, and once more by its
+accuracies alone. How much of the evaluation shared prefixes of the network would save, were every prefix of the
+evaluated plans computed once, follows from the plans: with a block's attention counted as one, its two linear layers
+as two, and as half once they are merged.
 """
 
 import argparse
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ from scipy.stats import kendalltau
 from dpt_search.compare import POINT, Judge
 from dpt_search.compare_report import TARGETS, budgets_of
 from dpt_search.curves import Curve, mean_curve
+from dpt_search.hints import by_loss
 from dpt_search.probe_seeds import ProbeSeeds, read_probes
 from dpt_search.replays import compare
 from dpt_search.surface_table import SurfaceTable, read_rows, read_table
@@ -47,28 +50,42 @@ def main() -> None:
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     table = read_table(args.table)
-    found = {Path(place).name: worth(table, args.table, place, args.seeds, args.max_trials) for place in args.probes}
+    found = {}
+    for place in args.probes:
+        probes, name = read_probes(place), Path(place).name
+        assert probes is not None, f"{place} does not exist"
+        told = args.seeds, args.max_trials
+        found[name] = worth(table, args.table, name, probes, *told)
+        if probes.losses is not None:
+            name += " by its accuracies"
+            found[name] = worth(table, args.table, name, replace(probes, losses=None), *told)
     OUT.mkdir(parents=True, exist_ok=True)
-    told = {"seeds": args.seeds, "max_trials": args.max_trials, "probes": found}
-    (OUT / f"{Path(args.table).stem}.json").write_text(json.dumps(told, indent=1) + "\n")
+    made = {"seeds": args.seeds, "max_trials": args.max_trials, "probes": found}
+    (OUT / f"{Path(args.table).stem}.json").write_text(json.dumps(made, indent=1) + "\n")
 
 
-def worth(table: SurfaceTable, location: str, place: str, seeds: int, max_trials: int) -> dict:
-    probes, budgets = read_probes(place), budgets_of("", table.space)
-    assert probes is not None, f"{place} does not exist"
-    said = Judge(table, budgets, 0, probes).probe
-    assert said is not None
-    cells = said.evaluated(table.space, budgets)
+def worth(table: SurfaceTable, location: str, place: str, probes: ProbeSeeds, seeds: int, max_trials: int) -> dict:
+    budgets = budgets_of("", table.space)
+    known = Judge(table, budgets, 0, probes).probe
+    assert known is not None
+    cells, values = known.evaluated(table.space, budgets), said(probes)
     found = {
-        "epochs": probes.epochs, "training": said.training, "evaluation": sum(said.costs[cell] for cell in cells),
-        "cells": len(cells), **taus(table, probes, budgets), "left": left(table, probes, budgets),
-        "shared_prefixes_save": saved(location, cells),
+        "epochs": probes.epochs, "training": known.training, "evaluation": sum(known.costs[cell] for cell in cells),
+        "cells": len(cells), **taus(table, probes.cells, values, budgets),
+        "left": left(table, probes.cells, values, budgets), "shared_prefixes_save": saved(location, cells),
     }  # fmt: skip
     told = {"seeds": seeds, "workers": 1, "max_trials": max_trials, "processes": os.cpu_count() or 1}
     traces = compare(table, [STRATEGY], budgets, probes=probes, **told)[STRATEGY]
     found |= decided(mean_curve(STRATEGY, traces, np.arange(0.5, max_trials, 0.5)))
-    print(f"{Path(place).name}: " + ", ".join(f"{name} {_shown(value)}" for name, value in found.items()), flush=True)
+    print(f"{place}: " + ", ".join(f"{name} {_shown(value)}" for name, value in found.items()), flush=True)
     return found
+
+
+def said(probes: ProbeSeeds) -> np.ndarray:
+    """Return what the probes say of each cell, in units of accuracy, [cells, seeds]."""
+    if probes.losses is None:
+        return probes.accuracies
+    return np.stack([by_loss(*each) for each in zip(probes.accuracies.T, probes.losses.T, strict=True)], axis=1)
 
 
 def _shown(value: object) -> str:
@@ -77,20 +94,20 @@ def _shown(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def taus(table: SurfaceTable, probes: ProbeSeeds, budgets: Sequence[Goal]) -> dict[str, float]:
+def taus(table: SurfaceTable, cells: Sequence[Cell], values: np.ndarray, budgets: Sequence[Goal]) -> dict[str, float]:
     truth = dict(zip(table.cells, np.nanmean(table.accuracies, axis=1), strict=True))
-    both = [i for i, cell in enumerate(probes.cells) if cell in truth]
-    lines = [[i for i in both if probes.cells[i] in budget.cells] for budget in budgets]
+    both = [i for i, cell in enumerate(cells) if cell in truth]
+    lines = [[i for i in both if cells[i] in budget.cells] for budget in budgets]
 
     def tau(some: list[int]) -> list[float]:
-        means = [truth[probes.cells[i]] for i in some]
-        return [float(kendalltau(column, means)[0]) for column in probes.accuracies[some].T]
+        means = [truth[cells[i]] for i in some]
+        return [float(kendalltau(column, means)[0]) for column in values[some].T]
 
     within = [value for line in lines if len(line) > 2 for value in tau(line)]
     return {"tau": float(np.mean(tau(both))), "tau_within_lines": float(np.nanmean(within))}
 
 
-def left(table: SurfaceTable, probes: ProbeSeeds, budgets: Sequence[Goal]) -> list[list[float]]:
+def left(table: SurfaceTable, probed: Sequence[Cell], values: np.ndarray, budgets: Sequence[Goal]) -> list[list[float]]:
     """Return, per probe seed, the coefficients of the probe's three parts that fit the trials best.
 
     Cells beyond a kind's cliff, without any unit of it, are left out.
@@ -98,13 +115,13 @@ def left(table: SurfaceTable, probes: ProbeSeeds, budgets: Sequence[Goal]) -> li
     truth = dict(zip(table.cells, np.nanmean(table.accuracies, axis=1), strict=True))
     feasible = {cell for budget in budgets for cell in budget.cells} & truth.keys()
     most = table.space.n_attn, table.space.n_act
-    chosen = [i for i, c in enumerate(probes.cells) if c in feasible and c.n_attn < most[0] and c.n_act < most[1]]
-    cells, found = [probes.cells[i] for i in chosen], []
+    chosen = [i for i, c in enumerate(probed) if c in feasible and c.n_attn < most[0] and c.n_act < most[1]]
+    cells, found = [probed[i] for i in chosen], []
     attn, act = np.eye(most[0] + 1)[[c.n_attn for c in cells]], np.eye(most[1] + 1)[[c.n_act for c in cells]]
-    for said in probes.accuracies[chosen].T:
-        losses = np.linalg.lstsq(np.concatenate([attn, act], axis=1), said, rcond=None)[0]
+    for column in values[chosen].T:
+        losses = np.linalg.lstsq(np.concatenate([attn, act], axis=1), column, rcond=None)[0]
         by_attn, by_act = attn @ losses[: most[0] + 1], act @ losses[most[0] + 1 :]
-        parts = np.stack([np.ones(len(cells)), by_attn, by_act, said - by_attn - by_act], axis=1)
+        parts = np.stack([np.ones(len(cells)), by_attn, by_act, column - by_attn - by_act], axis=1)
         found.append(np.linalg.lstsq(parts, np.array([truth[cell] for cell in cells]), rcond=None)[0][1:].tolist())
     return found
 

@@ -92,7 +92,9 @@ def _inputs(run: Run, task: ProbeTask) -> str:
 
 def _record(run: Run, seed: int, task: ProbeTask) -> dict[str, Any] | None:
     found: dict[str, Any] | None = run.store.read_json(f"table/probe-{seed}.json")
-    return found if found is not None and found["inputs"] == _inputs(run, task) else None
+    # An earlier version told no losses.
+    valid = found is not None and found["inputs"] == _inputs(run, task) and "loss" in found["rows"][0]
+    return found if valid else None
 
 
 def _write(place: str, records: list[dict[str, Any]], task: ProbeTask) -> None:

@@ -111,7 +111,7 @@ def measure(run: Run, args: argparse.Namespace) -> dict[str, Any]:
         },
         "settings": {
             "trial": asdict(config.trial), "subset": config.data.subset, "long": asdict(long),
-            "long_images": args.long_images, "probe_epochs": config.probe_epochs,
+            "long_images": args.long_images, "probe_epochs": config.epochs_of_probe,
         },
         "lengths": {job.name: judged(job, records[job.name]) for job in jobs if job.cells},
     }  # fmt: skip

@@ -239,10 +239,8 @@ def csv_of(curves: Sequence[Curve]) -> str:
     return stream.getvalue()
 
 
-_COLOURS = {
-    "map": "#0072b2", "map/probe": "#332288", "map/no-probe": "#56b4e9", "map/prior": "#cc79a7",
-    "gp-lattice": "#d55e00", "walk": "#009e73",
-}  # fmt: skip
+_COLOURS = {"map": "#0072b2", "map/probe": "#332288", "map/no-probe": "#56b4e9", "map/prior": "#cc79a7"}
+_COLOURS |= {"gp-lattice": "#d55e00", "walk": "#009e73"}
 _PURE_COLOURS = ("#222222", "#666666", "#999999")
 """Of the best pure searches; the others are thin and have no name."""
 

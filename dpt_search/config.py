@@ -66,8 +66,9 @@ class RunConfig:
     """Measure speed, here, near limits and at the end, of models as torch.compile makes them; needs a compiler."""
     sampler: Literal["map", "tpe", "gp", "cmaes", "qmc", "random", "grid"] = "map"
     """Who proposes trials: map is this product's own, the others are Optuna's."""
-    probe_epochs: int = 2
-    """Epochs of the elastic probe, which gives every cell a cheap accuracy beside the first trials; 0 leaves it out."""
+    probe_epochs: int | None = None
+    """Epochs of the elastic probe, which gives every cell a cheap accuracy beside the first trials; 0 leaves it out,
+    null is as many as a trial's."""
     probe_lr: float = 0.0
     """Peak learning rate of the probe at batch size 512; 0: that of a trial."""
     probe_draw: Literal["uniform", "line"] = "uniform"
@@ -118,6 +119,11 @@ class RunConfig:
     """Give the dense model the long fine-tune too, at its cost: what is lost against that is lost by pruning alone."""
     export_formats: str = ",".join(FORMATS)
     """What the merged model is written as: pt2 (torch.export) and onnx load without this package."""
+
+    @property
+    def epochs_of_probe(self) -> int:
+        """Epochs of the elastic probe; 0 without one."""
+        return self.trial.epochs if self.probe_epochs is None else self.probe_epochs
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
@@ -196,7 +202,7 @@ def check(config: RunConfig) -> None:
     _check_numbers(config)
     if any(batch < 1 for batch in config.timing_batches) or not config.timing_batches:
         raise BadConfig("timing_batches needs at least one batch size, each at least 1")
-    if config.start == "probe" and not config.probe_epochs:
+    if config.start == "probe" and not config.epochs_of_probe:
         raise BadConfig("start is 'probe', but probe_epochs is 0: there would be no weights to start from")
     if config.model.new_head and not config.adapt.epochs:
         raise BadConfig("model.new_head starts an untrained classifier: train it first with --adapt-epochs")

@@ -21,9 +21,9 @@ PROBE_TRUST = 8.0
 """Of a probe: those of real surfaces all helped, and trials take it back soon enough where one does not. With less,
 first trials that tell little blur what it knows. An earlier run is another matter: a surface of CIFAR-10, trusted as
 much, misleads a search on Fashion-MNIST for long."""
-PROBE_PARTS = (0.85, 0.3, 0.2)
+PROBE_PARTS = (0.8, 0.3, 0.2)
 """What of a probe's losses by attentions, by activations (for each of its epochs, up to all of them), and by both at
-once beyond their sum, is left once a plan was trained alone: rounded from what was left on three real surfaces
+once beyond their sum, is left once a plan was trained alone: rounded from what was left on two real surfaces
 (`benchmarks/probe_worth.py`). Weights that all plans share cannot make up for what one of them lacks, least of all
 where it lacks much of both kinds."""
 

@@ -26,7 +26,7 @@ from trainables.tasks import ProbeTask
 
 def probe(run: Run) -> None:
     """Train the shared weights and evaluate cells with them, where the configuration has a probe."""
-    if not run.config.probe_epochs:
+    if not run.config.epochs_of_probe:
         run.say("probe: left out (probe_epochs is 0)")
         return
     task = probe_task(run)
@@ -41,8 +41,8 @@ def probe(run: Run) -> None:
 def has_probe(run: Run) -> bool:
     """Say whether the run's search has a probe: for weights to start from, or for its hint where it is not too dear."""
     config = run.config
-    if not config.probe_epochs or config.start == "probe":
-        return bool(config.probe_epochs)
+    if not config.epochs_of_probe or config.start == "probe":
+        return bool(config.epochs_of_probe)
     return config.sampler == "map" and not _too_dear(run)
 
 
@@ -115,7 +115,7 @@ class ProbeBeside:
         """
         config = run.config
         if not is_missing(run):
-            if config.sampler == "map" and config.probe_epochs and not has_probe(run):
+            if config.sampler == "map" and config.epochs_of_probe and not has_probe(run):
                 run.say(f"probe: left out, for {_too_dear(run)}")
             return cls(run)
         task = probe_task(run)
@@ -230,7 +230,7 @@ def probe_task(run: Run) -> ProbeTask:
         **run.task(config.cpus_per_trial),
         recipe=replace(
             config.trial,
-            epochs=config.probe_epochs,
+            epochs=config.epochs_of_probe,
             lr=config.probe_lr or config.trial.lr,
             distillation="soft",
             compile=False,

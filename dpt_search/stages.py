@@ -80,7 +80,7 @@ def _recomputes_changing_blocks(config: RunConfig) -> bool:
     fading = config.attention == "double" and (
         config.trial.recompute_activations or config.finetune.recompute_activations
     )
-    return fading or (config.probe_epochs > 0 and config.trial.recompute_activations)
+    return fading or (config.epochs_of_probe > 0 and config.trial.recompute_activations)
 
 
 def _absorb(run: Run) -> dict[str, float]:

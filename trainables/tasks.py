@@ -150,7 +150,7 @@ class ProbeTask(Task):
     draw: str
     sandwich: bool
     folder: str
-    images: int = 1000
+    images: int = 250
     reseed: int = 0
 
     @property

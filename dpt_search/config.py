@@ -240,13 +240,9 @@ def _check_numbers(config: RunConfig) -> None:
 
 
 _LOWEST: dict[str, float] = {
-    "max_trials": 1,
-    "max_failures": 1,
-    "cpus_per_trial": 1,
     "devices_per_trial": 0.01,
-    "checkpoint_every": 1,
-    "checkpoints": 1,
-    "rank_batches": 1,
+    **dict.fromkeys(("max_trials", "max_failures", "cpus_per_trial", "rank_batches"), 1),
+    **dict.fromkeys(("checkpoint_every", "checkpoints"), 1),
     **{f"{recipe}.epochs": 1 for recipe in ("trial", "finetune")},
     **{f"{recipe}.batch_size": 1 for recipe in ("adapt", "trial", "finetune")},
     **{f"{recipe}.repeated_augmentation": 1 for recipe in ("adapt", "trial", "finetune")},

@@ -84,7 +84,7 @@ class RunConfig:
     start: Literal["dense", "probe"] = "dense"
     """Weights that trials and the long fine-tune start from: the dense model's, or the probe's."""
     design: Literal["lines", "walk", "interleaved"] = "lines"
-    """What the sampler map tries first: lines, the middle budget's middle, for one; or a published walk."""
+    """What the sampler map tries first: lines, the middle cell of the middle budget; or a published walk."""
     trial: Recipe = field(default_factory=Recipe)
     """The short fine-tune of a trial."""
     max_trials: int = 12
@@ -219,8 +219,7 @@ def _check_recipes(config: RunConfig) -> None:
         recipe: Recipe = getattr(config, name)
         if not recipe.epochs:
             continue
-        wrong = wrong_with(recipe, 1 if name == "trial" else config.workers[1], config.attention)
-        if wrong:
+        if wrong := wrong_with(recipe, 1 if name == "trial" else config.workers[1], config.attention):
             raise BadConfig(f"{name}.{wrong}")
         if config.data.subset and name == "trial" and config.data.subset < recipe.batch_size:
             raise BadConfig(
@@ -232,8 +231,7 @@ def _check_numbers(config: RunConfig) -> None:
     for name, value in _flat(asdict(config)).items():
         if not isinstance(value, int | float):
             continue
-        low = _LOWEST.get(name, 0)
-        if not value >= low:
+        if not value >= (low := _LOWEST.get(name, 0)):
             raise BadConfig(f"{name} is {value}, but must be at least {low}")
         if name.rpartition(".")[2] in _SHARES and value > 1:
             raise BadConfig(f"{name} is {value}, but must be at most 1")
@@ -261,7 +259,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
     lines = probe and (config.probe_draw == "line" or config.probe_sandwich)
     return {
         name: value
-        for name, value in _flat(asdict(config)).items()
+        for name, value in {**_flat(asdict(config)), "probe_epochs": config.epochs_of_probe}.items()
         if not name.startswith(_GROWING)
         or (probe and name.startswith("probe_") and name not in ("probe_cells", "probe_max_cost"))
         or (lines and name in ("budget", "max_attn", "max_act"))
@@ -279,6 +277,8 @@ def check_same_run(recorded: dict[str, Any], config: RunConfig) -> None:
         BadConfig: an identity field differs, naming it.
     """
     before = {**LATER, **_flat(recorded)}
+    if before.get("probe_epochs", 0) is None:
+        before["probe_epochs"] = before["trial.epochs"]
     for name, value in identity(config).items():
         if name in before and before[name] != value:
             raise BadConfig(

@@ -21,9 +21,9 @@ PROBE_TRUST = 8.0
 """Of a probe: those of real surfaces all helped, and trials take it back soon enough where one does not. With less,
 first trials that tell little blur what it knows. An earlier run is another matter: a surface of CIFAR-10, trusted as
 much, misleads a search on Fashion-MNIST for long."""
-PROBE_PARTS = (0.8, 0.3, 0.2)
+PROBE_PARTS = (0.85, 0.3, 0.2)
 """What of a probe's losses by attentions, by activations (for each of its epochs, up to all of them), and by both at
-once beyond their sum, is left once a plan was trained alone: rounded from what was left on two real surfaces
+once beyond their sum, is left once a plan was trained alone: rounded from what was left on three real surfaces
 (`benchmarks/probe_worth.py`). Weights that all plans share cannot make up for what one of them lacks, least of all
 where it lacks much of both kinds."""
 
@@ -83,17 +83,18 @@ def by_loss(accuracies: Array, losses: Array) -> Array:
     """Return what the losses of cells say of their accuracies, [cells].
 
     A loss weighs every image by how far off it is, where an accuracy counts those that change sides: of as many images
-    it tells a small difference with a fraction of the noise. The straight line that makes accuracies of losses has the
-    median slope between cells (Theil and Sen), which a few cells beyond a cliff do not bend.
+    it tells a small difference with half of the noise, though a little less of what trained plans differ by. The
+    straight line that makes accuracies of losses has the median slope between cells (Theil and Sen), which a few cells
+    beyond a cliff do not bend.
 
     Args:
         accuracies: [cells].
         losses: [cells], mean cross-entropies.
     """
-    if np.ptp(losses) == 0:
+    if not np.isfinite(losses).all() or np.ptp(losses) == 0:
         return accuracies
     slope, intercept, *_ = theilslopes(accuracies, losses)
-    return intercept + slope * losses if slope < 0 else accuracies
+    return np.clip(intercept + slope * losses, 0.0, 1.0) if slope < 0 else accuracies
 
 
 def prior_surface(location: str, space: RatioSpace) -> Array:

@@ -65,11 +65,20 @@ def prices_of(run: Run) -> Prices | None:
 
 def _too_dear(run: Run) -> str:
     """Return why a probe is not worth its cost, as text; empty where it may be."""
-    most, prices = run.config.probe_max_cost, prices_of(run)
-    if not most or prices is None:
+    most = run.config.probe_max_cost
+    prices = prices_of(run) if most else None
+    if prices is None:
         return ""
     cost = prices.probe(probe_task(run)) / prices.unit
-    return f"it would cost as much as {cost:.1f} trials (--probe-max-cost {most:g})" if cost > most else ""
+    return f"it would cost as much as {cost:.3g} trials (--probe-max-cost {most:g})" if cost > most else ""
+
+
+def _leave_out(run: Run) -> None:
+    """Say that the search has no probe; one that was made all the same, by `dpt-search probe`, counts."""
+    if not run.is_done("probe", _inputs(run, probe_task(run)), NAME):
+        # What another probe found must not pass for this one's.
+        run.store.delete(NAME)
+        run.say(f"probe: left out, for {_too_dear(run)}")
 
 
 def is_missing(run: Run) -> bool:
@@ -116,7 +125,7 @@ class ProbeBeside:
         config = run.config
         if not is_missing(run):
             if config.sampler == "map" and config.epochs_of_probe and not has_probe(run):
-                run.say(f"probe: left out, for {_too_dear(run)}")
+                _leave_out(run)
             return cls(run)
         task = probe_task(run)
         # What an earlier probe found must not pass for this one's.

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from search_spaces import family_of
 from search_spaces.plan import PruningPlan
+from trainables import engine
 from trainables.checkpoints import load_state, save_state
 from trainables.data import View, load_images
 from trainables.dense import build_model
@@ -222,7 +223,8 @@ def test_evaluation_is_what_a_plain_loop_finds(tiny, val, batch_size):
     assert loss == pytest.approx(np.mean(losses), rel=1e-4)
 
 
-def test_what_is_done_with_outputs_is_not_cast(tiny, val):
+def test_what_is_done_with_outputs_is_not_cast(tiny, val, monkeypatch):
+    monkeypatch.setattr(engine, "autocast", lambda *_: torch.autocast("cpu", torch.bfloat16))
     for _ in _logits(build_model(tiny, seed=3), val, CPU, True, 20, 0):
         assert not torch.is_autocast_enabled("cpu")
 

@@ -29,7 +29,7 @@ def test_some_cells_make_the_whole_surface():
     assert np.abs(found.mean - surface(SPACE))[inner].max() < 0.01
 
 
-@given(st.lists(st.floats(0.1, 3), min_size=3, max_size=16, unique=True), st.floats(0.05, 0.5))
+@given(st.lists(st.floats(0.1, 3), min_size=3, max_size=16, unique=True), st.floats(0.05, 0.3))
 def test_losses_become_accuracies_by_the_line_through_both(losses, slope):
     accuracies = 1 - slope * np.array(losses)
     np.testing.assert_allclose(by_loss(accuracies, np.array(losses)), accuracies, atol=1e-9)
@@ -40,9 +40,10 @@ def test_losses_beyond_a_cliff_do_not_bend_the_line():
     accuracies = 1 - 0.3 * losses
     told = by_loss(np.r_[accuracies, 0.1, 0.1], np.r_[losses, 12.0, 15.0])
     np.testing.assert_allclose(np.diff(told[:12]), np.diff(accuracies), rtol=0.2)
+    assert told.min() >= 0
 
 
-@pytest.mark.parametrize("losses", [[0.5, 0.5, 0.5], [0.4, 0.5, 0.6]])
+@pytest.mark.parametrize("losses", [[0.5] * 3, [0.4, 0.5, 0.6], [0.6, 0.5, float("inf")], [float("nan"), 0.5, 0.4]])
 def test_losses_that_tell_nothing_of_accuracies_are_left_out(losses):
     accuracies = np.array([0.5, 0.6, 0.7])
     assert by_loss(accuracies, np.array(losses)) is accuracies
@@ -73,7 +74,7 @@ def test_each_part_of_a_hint_is_expected_by_its_own_coefficient(parts):
 def test_a_probe_is_expected_by_parts_and_a_run_as_it_is(epochs, act):
     cells = [Cell(0, 0), Cell(3, 2), Cell(2, 5), Cell(5, 5)]
     found = smooth(SPACE, cells, np.array([0.8, 0.7, 0.6, 0.4]), None, epochs)
-    assert found.parts == pytest.approx((0.8, act, 0.2))
+    assert found.parts == pytest.approx((0.85, act, 0.2))
     assert found.spread < Hint(found.mean).spread
     np.testing.assert_allclose(Hint(found.mean).expected(ratios(SPACE)), found.mean - found.mean.mean(), atol=1e-12)
 
@@ -125,8 +126,8 @@ def test_what_a_single_unit_does_is_shared_with_those_beside_it(at, of_attn):
     space = RatioSpace(12, 12)
     step = np.array([float((cell.n_attn if of_attn else cell.n_act) == at) for cell in space])
     # Near the ends of the range the line through five cells is asked away from their middle.
-    most = 0.2 if 4 <= at <= 7 else 0.6
-    assert without_steps(step, space).max() == pytest.approx(most, abs=1e-9 if most == 0.2 else 0.4)
+    most = {0: 0.6, 1: 0.4, 10: 0.4, 11: 0.6}.get(at, 0.2)
+    assert without_steps(step, space).max() == pytest.approx(most)
 
 
 def test_a_small_lattice_stays_as_it_is():

@@ -212,7 +212,11 @@ def split_sizes(data: DataSettings, seed: int) -> dict[str, int]:
         seed: of the splits.
     """
     tables = open_tables(data)
-    return {split: len(_select(tables, split, seed)[1]) for split in ("train", "probe", "val")}
+    sizes = {split: len(indices) for split, indices in assign(tables["train"].labels, frozenset(tables), seed).items()}
+    for split in ("probe", "val"):
+        if split in tables:
+            sizes[split] = len(tables[split].labels)
+    return {split: sizes[split] for split in ("train", "probe", "val")}
 
 
 def _select(tables: dict[str, Table], split: str, seed: int) -> tuple[Table, Indices]:

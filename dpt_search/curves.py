@@ -65,7 +65,7 @@ class Curve:
 
 
 def mean_curve(name: str, groups: Sequence[Sequence[Trace]], grid: Array, axis: Axis = "cost") -> Curve:
-    """Average replays; before its first trial a replay counts with its first decision.
+    """Average replays; up to the cost of its first trial a replay counts with its first decision.
 
     Args:
         name: the strategy.
@@ -97,7 +97,7 @@ def _hits(trace: Trace) -> Array:
 
 
 def _at(values: Array, trace: Trace, grid: Array, axis: Axis) -> Array:
-    """Return a replay's values on the grid; nan where its probe alone costs more."""
-    along = trace.cost if axis == "cost" else trace.time
+    """Return a replay's values on the grid; nan where its probe alone costs more, or before its first decision."""
+    along, begins = (trace.cost, trace.upfront) if axis == "cost" else (trace.time, trace.time[0])
     found = values[np.clip(np.searchsorted(along, grid, side="right") - 1, 0, None)]
-    return np.where(grid < trace.upfront, np.nan, found) if axis == "cost" else found
+    return np.where(grid < begins, np.nan, found)

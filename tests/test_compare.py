@@ -232,6 +232,12 @@ class TestProbe:
         found = mean_curve("map", [[run("map", probes=probes())]], np.arange(1.0, 6.0))
         assert np.isnan(found.mean).tolist() == [True, False, False, False, False]
 
+    def test_a_curve_over_time_begins_with_the_first_decision(self):
+        for trace in (run("map", probes=probes()), run("map/no-probe"), run("map", probes=probes(), workers=2)):
+            grid = np.array([0.5, 0.99, 1.01, 3.0]) * trace.time[0]
+            found = mean_curve("map", [[trace]], grid, "time")
+            assert np.isnan(found.mean).tolist() == [True, True, False, False]
+
     def test_a_good_one_helps_from_the_start(self):
         with_probe = np.mean([run("map", seed=s, probes=probes()).regret[0].mean() for s in range(6)])
         without = np.mean([run("map/no-probe", seed=s).regret[0].mean() for s in range(6)])

@@ -16,7 +16,7 @@ from dpt_search.blend import Blend
 from dpt_search.compare import POINT
 from dpt_search.config import BadConfig
 from dpt_search.curves import Curve, mean_curve
-from dpt_search.hints import resampled, without_steps
+from dpt_search.hints import carried_over
 from dpt_search.map_predictor import Array
 from dpt_search.map_sampler import ratios
 from dpt_search.posterior import Data
@@ -160,7 +160,7 @@ def _prior(location: str, space: RatioSpace) -> Array | None:
     index = {cell: i for i, cell in enumerate(table.space)}
     data = Data.of(np.array([index[cell] for cell in table.cells]), np.nanmean(table.accuracies, axis=1))
     mean = Blend(ratios(table.space), dense=table.dense).posterior(data).mean
-    return without_steps(resampled(mean, table.space, space), space)
+    return carried_over(mean, table.space, space)
 
 
 def budgets_of(text: str, space: RatioSpace) -> tuple[Goal, ...]:

@@ -277,7 +277,7 @@ def check_same_run(recorded: dict[str, Any], config: RunConfig) -> None:
         BadConfig: an identity field differs, naming it.
     """
     before = {**LATER, **_flat(recorded)}
-    if before.get("probe_epochs", 0) is None:
+    if before.get("probe_epochs", 0) is None:  # as many as a trial's
         before["probe_epochs"] = before["trial.epochs"]
     for name, value in identity(config).items():
         if name in before and before[name] != value:

@@ -45,21 +45,6 @@ def hints_of(store: RunStore, space: RatioSpace, priors: Sequence[str] = ()) -> 
     return own + [Hint(prior_surface(location, space)) for location in priors]
 
 
-def without_steps(surface: Array, space: RatioSpace) -> Array:
-    """Return an earlier run's surface without what its single units do, [cells of the space].
-
-    Its ranking is of other units, so where that surface steps this one does not: each value becomes that of a straight
-    line through the cells within a sixth of the range, along one kind and then the other. What lies beyond the last
-    unit of a kind stays apart.
-    """
-    values = surface.reshape(space.n_attn + 1, space.n_act + 1).copy()
-    for axis, units in enumerate((space.n_attn, space.n_act)):
-        before_last = values if axis == 0 else values.T
-        if width := 2 * round(units / 6):
-            before_last[:units] = savgol_filter(before_last[:units], width + 1, polyorder=1, axis=0)
-    return values.ravel()
-
-
 def smooth(space: RatioSpace, cells: Sequence[Cell], accuracies: Array, losses: Array | None, epochs: int) -> Hint:
     """Return the smooth surface through what a probe says of some cells, and how sure it is between them.
 
@@ -83,7 +68,7 @@ def by_loss(accuracies: Array, losses: Array) -> Array:
     """Return what the losses of cells say of their accuracies, [cells].
 
     A loss weighs every image by how far off it is, where an accuracy counts those that change sides: of as many images
-    it tells a small difference with half of the noise, though a little less of what trained plans differ by. The
+    it tells a small difference with less noise, though not always more of what trained plans differ by. The
     straight line that makes accuracies of losses has the median slope between cells (Theil and Sen), which a few cells
     beyond a cliff do not bend.
 
@@ -110,7 +95,12 @@ def prior_surface(location: str, space: RatioSpace) -> Array:
         raise BadConfig(f"prior {location!r} has no recommendation.json: name the directory of a run that has searched")
     surface = found["surface"]
     own = RatioSpace(surface["n_attn"], surface["n_act"])
-    return without_steps(resampled(np.ravel(surface["mean"]), own, space), space)
+    return carried_over(np.ravel(surface["mean"]), own, space)
+
+
+def carried_over(surface: Array, own: RatioSpace, space: RatioSpace) -> Array:
+    """Return what an earlier run's surface, [cells of `own`], says of another's, [cells of `space`]."""
+    return without_steps(resampled(surface, own, space), space)
 
 
 def resampled(surface: Array, own: RatioSpace, space: RatioSpace) -> Array:
@@ -121,3 +111,18 @@ def resampled(surface: Array, own: RatioSpace, space: RatioSpace) -> Array:
         values = values if values.shape[axis] > 1 else np.repeat(values, 2, axis=axis)
         axes.append(np.linspace(0, 1, values.shape[axis]))
     return np.asarray(RegularGridInterpolator(axes, values)(ratios(space)))
+
+
+def without_steps(surface: Array, space: RatioSpace) -> Array:
+    """Return an earlier run's surface without what its single units do, [cells of the space].
+
+    Its ranking is of other units, so where that surface steps this one does not: each value becomes that of a straight
+    line through the cells within a sixth of the range, along one kind and then the other. What lies beyond the last
+    unit of a kind stays apart.
+    """
+    values = surface.reshape(space.n_attn + 1, space.n_act + 1).copy()
+    for axis, units in enumerate((space.n_attn, space.n_act)):
+        before_last = values if axis == 0 else values.T
+        if width := 2 * round(units / 6):
+            before_last[:units] = savgol_filter(before_last[:units], width + 1, polyorder=1, axis=0)
+    return values.ravel()

@@ -60,10 +60,11 @@ class Search:
     @property
     def upfront(self) -> float:
         """Cost of its probe, as predicted until it has ended; 0 without one."""
-        if not has_probe(self.run):
-            return 0.0
         found = read_probe(self.run.store)
-        return self.prices.probe(probe_task(self.run)) if found is None else float(found.about["cost"])
+        # Asked for at every proposal: whether it is to have one is looked up only as long as there is none.
+        if found is not None and self.run.config.sampler == "map":
+            return float(found.about["cost"])
+        return self.prices.probe(probe_task(self.run)) if has_probe(self.run) else 0.0
 
     def go_on(self, max_cost: float) -> None:
         """Run trials until probe and trials cost as much as `max_cost` trials of the dense model."""

@@ -41,9 +41,8 @@ def probe(run: Run) -> None:
 def has_probe(run: Run) -> bool:
     """Say whether the run's search has a probe: for weights to start from, or for its hint where it is not too dear."""
     config = run.config
-    if not config.epochs_of_probe or config.start == "probe":
-        return bool(config.epochs_of_probe)
-    return config.sampler == "map" and not _too_dear(run)
+    wanted = config.sampler == "map" or config.start == "probe"
+    return wanted and bool(config.epochs_of_probe) and not _too_dear(run)
 
 
 def prices_of(run: Run) -> Prices | None:
@@ -64,21 +63,14 @@ def prices_of(run: Run) -> Prices | None:
 
 
 def _too_dear(run: Run) -> str:
-    """Return why a probe is not worth its cost, as text; empty where it may be."""
-    most = run.config.probe_max_cost
-    prices = prices_of(run) if most else None
-    if prices is None:
+    """Return why a probe is not worth its cost, as text; empty where it may be, or is there to start from."""
+    config = run.config
+    if config.sampler != "map" or config.start == "probe" or not (config.probe_max_cost and config.epochs_of_probe):
         return ""
-    cost = prices.probe(probe_task(run)) / prices.unit
-    return f"it would cost as much as {cost:.3g} trials (--probe-max-cost {most:g})" if cost > most else ""
-
-
-def _leave_out(run: Run) -> None:
-    """Say that the search has no probe; one that was made all the same, by `dpt-search probe`, counts."""
-    if not run.is_done("probe", _inputs(run, probe_task(run)), NAME):
-        # What another probe found must not pass for this one's.
-        run.store.delete(NAME)
-        run.say(f"probe: left out, for {_too_dear(run)}")
+    prices = prices_of(run)
+    cost = 0.0 if prices is None else prices.probe(probe_task(run)) / prices.unit
+    limit = f"(--probe-max-cost {config.probe_max_cost:g})"
+    return f"it would cost as much as {cost:.3g} trials {limit}" if cost > config.probe_max_cost else ""
 
 
 def is_missing(run: Run) -> bool:
@@ -124,8 +116,12 @@ class ProbeBeside:
         """
         config = run.config
         if not is_missing(run):
-            if config.sampler == "map" and config.epochs_of_probe and not has_probe(run):
-                _leave_out(run)
+            why = _too_dear(run)
+            # One that was made all the same, by `dpt-search probe`, counts.
+            if why and not run.is_done("probe", _inputs(run, probe_task(run)), NAME):
+                # What another probe found must not pass for this one's.
+                run.store.delete(NAME)
+                run.say(f"probe: left out, for {why}")
             return cls(run)
         task = probe_task(run)
         # What an earlier probe found must not pass for this one's.

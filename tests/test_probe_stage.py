@@ -115,8 +115,6 @@ def test_its_recipe_is_a_trials_with_its_own_length_and_learning_rate(tmp_path: 
 
 
 class TestAProbeThatIsTooDear:
-    """The tiny run's costs 1.1 trials."""
-
     def test_is_left_out_of_a_search_and_it_is_said(self, tiny_run: Run) -> None:
         said: list[str] = []
         run = replace(tiny_run, config=replace(tiny_run.config, probe_max_cost=0.5), say=said.append)

@@ -75,8 +75,8 @@ def run_probe(task: ProbeTask) -> dict[str, Any]:
     """Train the shared weights, or go on from the newest epoch; write them; evaluate the task's cells with them.
 
     Returns:
-        `rows`: one a cell, with n_attn, n_act, plan, accuracy and loss on the split `probe`, images and cost;
-        `cost` (images times MACs) and the `training_cost` in it, seconds, losses by epoch.
+        `rows`: one a cell, with n_attn, n_act, plan, accuracy and loss on the split `probe`, images and cost.
+        What it took: `cost` (images times MACs) and the `training_cost` in it, seconds, losses by epoch.
 
     Raises:
         Diverged: the loss is not finite.

@@ -107,7 +107,7 @@ class Judge:
             losses,
             _by_cell(probes, probes.costs / dense),
             probes.training_cost / dense,
-            probes.epochs,
+            probes.epochs / (self._table.trial_epochs or probes.epochs),
         )
 
     def tau(self, surface: Array | None) -> float:

@@ -9,7 +9,8 @@ from scipy.interpolate import RegularGridInterpolator
 from scipy.signal import savgol_filter
 from scipy.stats import theilslopes
 
-from dpt_search.config import BadConfig
+from dpt_search.config import BadConfig, RunConfig
+from dpt_search.kernel import levels_of, parts_of
 from dpt_search.map_predictor import Array
 from dpt_search.map_sampler import ratios
 from dpt_search.posterior import Data, Hint, Surface
@@ -21,31 +22,35 @@ PROBE_TRUST = 8.0
 """Of a probe: those of two real surfaces of three helped, and trials take it back where one does not. With less,
 first trials that tell little blur what it knows. An earlier run is another matter: a surface of CIFAR-10, trusted as
 much, misleads a search on Fashion-MNIST for long."""
-PROBE_PARTS = (0.85, 0.3, 0.2)
-"""What of a probe's losses by attentions, by activations (for each of its epochs, up to all of them), and by both at
-once beyond their sum, is left once a plan was trained alone: rounded from what was left on three real surfaces; on the
-one of 24 blocks as it is now it is 0.6, 0.2 and 0.4 (`benchmarks/probe_worth.py`). Weights that all plans share cannot
-make up for what one of them lacks, least of all where it lacks much of both kinds."""
+ATTN_LEFT = 0.85
+"""What of a probe's losses by attentions is expected to be left once a plan was trained alone."""
+ACT_LEFT = 0.34
+"""What of ten points and more that a probe as long as a trial loses by activations is expected to be left; of less, so
+much less. What counts is its ratio to the above: with a tenth less the first decisions on the embedded surface are 0.1
+points worse, with a tenth more those on the one of 24 blocks."""
 
 
-def hints_of(store: RunStore, space: RatioSpace, priors: Sequence[str] = ()) -> list[Hint]:
+def hints_of(store: RunStore, space: RatioSpace, config: RunConfig) -> list[Hint]:
     """Return what is known of the surface before its trials, the probe's first, [cells] each in the space's order.
 
     Args:
         store: the run's directory, whose probe counts if it has one.
         space: the lattice.
-        priors: directories of earlier runs.
+        config: its prior runs, and how long its trials are.
 
     Raises:
         BadConfig: a prior run has no surface.
         BadRun: the probe's table cannot be read.
     """
     probe = read_probe(store)
-    own = [] if probe is None else [smooth(space, probe.cells, probe.accuracies, probe.losses, probe.epochs)]
-    return own + [Hint(prior_surface(location, space)) for location in priors]
+    own = []
+    if probe is not None:
+        length = probe.epochs / config.trial.epochs
+        own.append(smooth(space, probe.cells, probe.accuracies, probe.losses, length))
+    return own + [Hint(prior_surface(location, space)) for location in config.prior]
 
 
-def smooth(space: RatioSpace, cells: Sequence[Cell], accuracies: Array, losses: Array | None, epochs: int) -> Hint:
+def smooth(space: RatioSpace, cells: Sequence[Cell], accuracies: Array, losses: Array | None, length: float) -> Hint:
     """Return the smooth surface through what a probe says of some cells, and how sure it is between them.
 
     Args:
@@ -53,15 +58,30 @@ def smooth(space: RatioSpace, cells: Sequence[Cell], accuracies: Array, losses: 
         cells: that the probe evaluated.
         accuracies: [cells], of each.
         losses: [cells], mean cross-entropy of each, in nats; None where that is not known.
-        epochs: of the probe's training.
+        length: of the probe's training, in trials.
     """
     index = {cell: i for i, cell in enumerate(space)}
     said = accuracies if losses is None else by_loss(accuracies, losses)
     data = Data.of(np.array([index[cell] for cell in cells]), said)
     found = Surface(ratios(space), degree=0).posterior(data)
-    by_attn, by_act, by_both = PROBE_PARTS
-    parts = by_attn, min(1.0, by_act * epochs), by_both
-    return Hint(found.mean, found.covariance, PROBE_TRUST, parts, spread=1.0)
+    return Hint(found.mean, found.covariance, PROBE_TRUST, left(found.mean, space, length), spread=1.0)
+
+
+def left(surface: Array, space: RatioSpace, length: float) -> Array:
+    """Return what is expected of plans that are trained alone where shared weights say so much, [cells of the space].
+
+    Weights that all plans share cannot make up for what one of them lacks. Trained alone, a plan makes up for nearly
+    all of a small loss by activations and for less of a large one, and for all that both lose beyond their sum.
+
+    Args:
+        surface: [cells], accuracies.
+        space: the lattice.
+        length: of the shared weights' training, in trials.
+    """
+    levels = levels_of(ratios(space))
+    by_attn, by_act, _ = parts_of(surface, *levels).T
+    lost = np.maximum(by_act[0] - by_act, 0.0)
+    return np.asarray(ATTN_LEFT * by_attn - np.minimum(1.0, ACT_LEFT * length * np.minimum(1.0, lost / 0.1)) * lost)
 
 
 def by_loss(accuracies: Array, losses: Array) -> Array:

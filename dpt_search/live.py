@@ -180,7 +180,7 @@ def decided(each: Search, budgets: Sequence[Goal], max_cost: float) -> Decisions
     costs, chosen, surface = [], [], None
     for _, trial in sorted(events, key=lambda event: event[0]):
         if trial is None:
-            seen.take_hints(hints_of(run.store, ranking.space, run.config.prior))
+            seen.take_hints(hints_of(run.store, ranking.space, run.config))
         else:
             spent += trial.cost
             if trial.accuracy is not None:

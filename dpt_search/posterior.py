@@ -50,7 +50,7 @@ _WIDTH = {
     "cliff_attn": 1.0, "cliff_act": 1.0, "noise": 0.5,
 }  # fmt: skip
 """Priors are log-normal: their medians are the defaults, and these the sd of the logarithms."""
-_HINTED = {"slope": 0.02, "single": 0.01, "joint": 0.007, "cliff_attn": 0.003, "cliff_act": 0.003}
+_HINTED = {"slope": 0.005, "single": 0.01, "joint": 0.007, "cliff_attn": 0.003, "cliff_act": 0.003}
 """Medians where there are hints: what these leave to explain is smaller, and cliffs are in them."""
 
 
@@ -117,25 +117,22 @@ class Hint:
         mean: [cells], in units of accuracy.
         covariance: [cells, cells] of what it is not sure of; None where that is not known.
         trust: how many times as likely it is, before any trial, that it helps than that it does not.
-        parts: what is expected of the coefficients of its mean over rows (attentions), of its mean over columns
-            (activations) and of what they leave.
-        spread: how much wider than a probe's these coefficients spread; between data sets and models they go from a
-            tenth to three.
+        expected: [cells], the accuracies that trials are expected to have, but for a constant; None: the mean itself.
+        spread: how much wider than a probe's the coefficients spread of its mean over rows (attentions), of its mean
+            over columns (activations) and of what they leave; between data sets and models they go from a tenth to
+            three.
     """
 
     mean: Array
     covariance: Array | None = None
     trust: float = 0.3
-    parts: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    expected: Array | None = None
     spread: float = 4.0
 
-    def expected(self, points: Array) -> Array:
-        """Return the accuracies that it lets expect, but for a constant, [cells].
-
-        Args:
-            points: [cells, 2], the ratios of every cell of its lattice.
-        """
-        return parts_of(self.mean, *levels_of(points)) @ np.array(self.parts)
+    @property
+    def prior(self) -> Array:
+        """[cells] what is expected of trials before the first, but for a constant."""
+        return self.mean if self.expected is None else self.expected
 
 
 @dataclass(frozen=True)
@@ -187,7 +184,7 @@ class Surface:
             features["shape"] = np.concatenate([h.spread * parts_of(h.mean, *levels) for h in hints], axis=1)
         self.hinted = bool(hints)
         self._everywhere = np.arange(len(points))
-        self._hinted = hints[0].expected(points) if hints else np.zeros(len(points))
+        self._hinted = hints[0].prior if hints else np.zeros(len(points))
         self._edges = np.stack([(level == level.max()) & (level > 0) for level in levels]).astype(np.float64)
         self._kernel = Kernel(levels, features, hints[0].covariance if hints else None)
         self.names = (*features, *_ALWAYS)

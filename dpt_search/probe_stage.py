@@ -170,7 +170,7 @@ class ProbeBeside:
         """Return the surfaces that are known by now; never waits."""
         if self.pending is not None and self.pending.is_done():
             self.finish()
-        return hints_of(self.run.store, read_ranking(self.run).space, self.run.config.prior)
+        return hints_of(self.run.store, read_ranking(self.run).space, self.run.config)
 
     def finish(self) -> None:
         """Wait for the probe and write what it found; without one the search goes on, where it can.

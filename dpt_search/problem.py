@@ -28,14 +28,14 @@ class Probe:
         losses: of the same; None where that is not known.
         costs: of evaluating each.
         training: cost of the shared weights.
-        epochs: of their training.
+        length: of their training, in trials.
     """
 
     accuracies: dict[Cell, float]
     losses: dict[Cell, float] | None
     costs: dict[Cell, float]
     training: float
-    epochs: int
+    length: float
 
     def said(self, cells: Sequence[Cell]) -> tuple[Array, Array | None]:
         """Return accuracies and losses of some cells; None for losses that are not known."""
@@ -121,7 +121,7 @@ class Observed:
         """
         mean = self.posterior_mean()
         if mean is None and self._hints:
-            mean = self._hints[0].expected(ratios(self._problem.space))
+            mean = self._hints[0].prior
         if mean is None:
             return [line[len(line) // 2] for line in self._lines]
         return [max(line, key=lambda cell: mean[self._index[cell]]) for line in self._lines]

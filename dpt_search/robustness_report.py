@@ -126,7 +126,7 @@ def _of_run(run: Run, budgets: Sequence[Budget]) -> Samples:
     from dpt_search.search_stages import observations_of
 
     space, observations = read_ranking(run).space, observations_of(run)
-    hints = hints_of(run.store, space, run.config.prior)
+    hints = hints_of(run.store, space, run.config)
     cells, accuracies = [each.plan.cell for each in observations], [each.accuracy for each in observations]
     decided, dense = goals_of(run, budgets), read_dense_accuracy(run)
     return _believed(run.config.run_dir, space, decided, cells, accuracies, hints, dense)

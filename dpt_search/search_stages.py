@@ -204,7 +204,7 @@ def decide(run: Run, budgets: tuple[Budget, ...]) -> dict[str, Any]:
         BadConfig: a budget is out of reach.
     """
     ranking, costs, observations = read_ranking(run), cell_costs(run.store), observations_of(run)
-    hints = hints_of(run.store, ranking.space, run.config.prior)
+    hints = hints_of(run.store, ranking.space, run.config)
     surface, found = recommend(ranking.space, goals_of(run, budgets), observations, hints, read_dense_accuracy(run))
     rows = []
     for budget, each in zip(budgets, found, strict=True):

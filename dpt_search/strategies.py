@@ -108,7 +108,7 @@ class Hinted(WholeSquare):
     def take_probe(self) -> None:
         probe = self._problem.probe
         assert probe is not None
-        found = smooth(self._problem.space, self._cells, *probe.said(self._cells), probe.epochs)
+        found = smooth(self._problem.space, self._cells, *probe.said(self._cells), probe.length)
         self._hints = [found, *self._hints]
         self._observed.take_hints(self._hints)
 

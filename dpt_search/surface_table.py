@@ -62,6 +62,12 @@ class SurfaceTable:
         found: float | None = self.provenance.get("dense_accuracy")
         return found
 
+    @property
+    def trial_epochs(self) -> int | None:
+        """Epochs of one trial; None where the table does not say."""
+        found: int | None = self.provenance.get("configuration", {}).get("trial", {}).get("epochs")
+        return found
+
 
 def write_table(location: str, space: RatioSpace, rows: Sequence[dict[str, Any]], provenance: dict[str, Any]) -> None:
     """Write a table whole.

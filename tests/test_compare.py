@@ -184,12 +184,19 @@ def test_a_strategy_knows_the_dense_models_accuracy_where_the_table_does(monkeyp
 
 
 def test_before_any_trial_a_probe_decides_by_what_is_expected_of_it():
-    cells = list(SPACE)
-    said = np.array([-0.02 * cell.n_attn - 0.01 * cell.n_act for cell in cells])
+    by_attn = np.array([-0.01 * cell.n_attn for cell in SPACE])
+    by_act = np.array([-0.01 * cell.n_act for cell in SPACE])
     seen = Observed(Problem(SPACE, BUDGETS, lambda cell: 1.0, 0), 2)
-    for parts, chosen in (((1.0, 1.0, 1.0), [Cell(0, 4), Cell(0, 6)]), ((0.1, 1.0, 1.0), [Cell(4, 0), Cell(6, 0)])):
-        seen.take_hints([Hint(said, parts=parts)])
+    for expected, chosen in ((None, [Cell(0, 4), Cell(0, 6)]), (by_act, [Cell(4, 0), Cell(6, 0)])):
+        seen.take_hints([Hint(2 * by_attn + by_act, expected=expected)])
         assert seen.best_by_posterior() == chosen
+
+
+@pytest.mark.parametrize(("trial", "length"), [({"epochs": 4}, 0.5), ({"epochs": 1}, 2.0), ({}, 1.0)])
+def test_a_probe_is_as_long_as_its_epochs_are_in_trials(trial, length):
+    table = replace(TABLE, provenance={"configuration": {"trial": trial}})
+    probe = Judge(table, BUDGETS, 0, probes()).probe
+    assert probe is not None and probe.length == length
 
 
 def probes(seeds: int = 2, noise: float = 0.003) -> ProbeSeeds:

@@ -5,13 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpt_search.config import BadConfig
-from dpt_search.hints import by_loss, hints_of, prior_surface, resampled, smooth, without_steps
+from dpt_search.config import BadConfig, RunConfig
+from dpt_search.hints import by_loss, hints_of, left, prior_surface, resampled, smooth, without_steps
 from dpt_search.map_sampler import ratios
 from dpt_search.posterior import Hint
 from dpt_search.probe_table import write_probe
 from dpt_search.store import RunStore
 from search_spaces.ratios import Cell, RatioSpace, spread
+from trainables.settings import Recipe
 
 SPACE = RatioSpace(6, 8)
 INDEX = {cell: i for i, cell in enumerate(SPACE)}
@@ -24,7 +25,7 @@ def surface(space: RatioSpace) -> np.ndarray:
 
 def test_some_cells_make_the_whole_surface():
     cells = [cell for cell in spread(SPACE, list(SPACE)) if cell.n_attn < 6 and cell.n_act < 8][:25]
-    found = smooth(SPACE, cells, surface(SPACE)[[INDEX[cell] for cell in cells]], None, epochs=2)
+    found = smooth(SPACE, cells, surface(SPACE)[[INDEX[cell] for cell in cells]], None, length=1)
     inner = [INDEX[cell] for cell in SPACE if cell.n_attn < 6 and cell.n_act < 8]
     assert np.abs(found.mean - surface(SPACE))[inner].max() < 0.01
 
@@ -55,28 +56,38 @@ def test_a_probe_is_believed_by_its_losses():
     noisy = true + 0.02 * np.random.default_rng(0).standard_normal(len(cells))
     inner = [INDEX[cell] for cell in SPACE if cell.n_attn < 6 and cell.n_act < 8]
     off = [
-        np.std((smooth(SPACE, cells, noisy, losses, epochs=2).mean - surface(SPACE))[inner])
+        np.std((smooth(SPACE, cells, noisy, losses, length=1).mean - surface(SPACE))[inner])
         for losses in (None, 3 - 3 * true)
     ]
     assert off[1] < off[0] / 3
 
 
-@given(st.tuples(*[st.floats(0, 1.5)] * 3))
-def test_each_part_of_a_hint_is_expected_by_its_own_coefficient(parts):
+@pytest.mark.parametrize(
+    ("length", "of_five", "of_more"), [(0.5, 0.085, 0.17), (1, 0.17, 0.34), (2, 0.34, 0.68), (3, 0.51, 1), (20, 1, 1)]
+)
+def test_more_of_what_activations_lose_is_left_the_longer_the_probe_and_the_more_they_lose(length, of_five, of_more):
     attn, act = ratios(SPACE).T
-    own, crossed = attn - 0.5, act - 0.5
-    found = Hint(0.8 - 0.1 * own - 0.3 * crossed - 0.2 * own * crossed, parts=parts).expected(ratios(SPACE))
-    told = -0.1 * parts[0] * own - 0.3 * parts[1] * crossed - 0.2 * parts[2] * own * crossed
-    np.testing.assert_allclose(found - found.mean(), told, atol=1e-12)
+    found = left(0.8 - 0.1 * attn - 0.2 * act - 0.1 * (attn - 0.5) * (act - 0.5), SPACE, length)
+    lost = {n_act: found[0] - found[INDEX[Cell(0, n_act)]] for n_act in (2, 4, 8)}
+    assert lost == pytest.approx({2: of_five * 0.05, 4: of_more * 0.1, 8: of_more * 0.2})
+    assert found[0] - found[INDEX[Cell(6, 0)]] == pytest.approx(0.085)
 
 
-@pytest.mark.parametrize(("epochs", "act"), [(1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (20, 1.0)])
-def test_a_probe_is_expected_by_parts_and_a_run_as_it_is(epochs, act):
+@given(st.floats(-0.2, 0.2), st.floats(0, 0.3), st.floats(0.1, 30))
+def test_never_is_more_expected_to_be_left_of_activations_than_was_lost(by_attn, by_act, length):
+    attn, act = ratios(SPACE).T
+    found = left(0.8 - by_attn * attn - by_act * act, SPACE, length)
+    lost = found[0] - found - 0.85 * by_attn * attn
+    assert (lost >= -1e-12).all() and (lost <= by_act * act + 1e-12).all()
+
+
+def test_a_probe_is_expected_by_what_is_left_and_a_run_as_it_is():
     cells = [Cell(0, 0), Cell(3, 2), Cell(2, 5), Cell(5, 5)]
-    found = smooth(SPACE, cells, np.array([0.8, 0.7, 0.6, 0.4]), None, epochs)
-    assert found.parts == pytest.approx((0.85, act, 0.2))
-    assert found.spread < Hint(found.mean).spread
-    np.testing.assert_allclose(Hint(found.mean).expected(ratios(SPACE)), found.mean - found.mean.mean(), atol=1e-12)
+    found = smooth(SPACE, cells, np.array([0.8, 0.7, 0.6, 0.4]), None, length=2)
+    np.testing.assert_array_equal(found.prior, left(found.mean, SPACE, 2))
+    run = Hint(found.mean)
+    np.testing.assert_array_equal(run.prior, run.mean)
+    assert found.spread < run.spread
 
 
 @given(st.integers(0, 5), st.integers(0, 5), st.integers(0, 7), st.integers(0, 7))
@@ -90,7 +101,7 @@ def test_a_surface_at_other_ratios_goes_through_the_same_values(a, g, b, h):
 
 def test_the_probe_comes_first_then_every_prior(tmp_path):
     store, prior = RunStore(str(tmp_path / "run")), RunStore(str(tmp_path / "prior"))
-    assert hints_of(store, SPACE) == []
+    assert hints_of(store, SPACE, RunConfig()) == []
     rows = surface(SPACE).reshape(7, 9).tolist()
     prior.write_json("recommendation.json", {"surface": {"n_attn": 6, "n_act": 8, "mean": rows}})
     cells = [Cell(0, 0), Cell(3, 2), Cell(2, 5), Cell(5, 5)]
@@ -106,8 +117,10 @@ def test_the_probe_comes_first_then_every_prior(tmp_path):
         for c in cells
     ]
     write_probe(store, probed, {"cost": 1.0, "epochs": 2})
-    found = hints_of(store, SPACE, [prior.location, prior.location])
+    config = RunConfig(prior=[prior.location, prior.location], trial=Recipe(epochs=4))
+    found = hints_of(store, SPACE, config)
     assert len(found) == 3
+    np.testing.assert_array_equal(found[0].prior, left(found[0].mean, SPACE, length=0.5))
     assert found[0].mean[INDEX[Cell(0, 0)]] == pytest.approx(0.7, abs=0.02)
     np.testing.assert_allclose(found[1].mean, without_steps(surface(SPACE), SPACE))
 

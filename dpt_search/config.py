@@ -76,7 +76,7 @@ class RunConfig:
     probe_sandwich: bool = False
     """Train every batch of the probe as the dense model and as a smallest one too, at three times the cost."""
     probe_cells: int = 16
-    """Cells of the budgets to evaluate with the probe's weights, well spread; the others follow smoothly. 0: all."""
+    """Cells up to the budgets' to evaluate with the probe's weights, well spread; others follow smoothly. 0: all."""
     probe_max_cost: float = 3.0
     """Leave the probe out of a search where it would cost more trials of the dense model than this; 0: never."""
     prior: list[str] = field(default_factory=list)

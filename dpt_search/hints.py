@@ -25,9 +25,9 @@ much, misleads a search on Fashion-MNIST for long."""
 ATTN_LEFT = 0.85
 """What of a probe's losses by attentions is expected to be left once a plan was trained alone."""
 ACT_LEFT = 0.34
-"""What of ten points and more that a probe as long as a trial loses by activations is expected to be left; of less, so
-much less. What counts is its ratio to the above: with a tenth less the first decisions on the embedded surface are 0.1
-points worse, with a tenth more those on the one of 24 blocks."""
+"""The same of ten points and more that a probe as long as a trial loses by activations; of less, less is left. What
+counts is the ratio of both: with a tenth less the first decisions on the embedded surface are 0.1 points worse, with a
+tenth more those on the one of 24 blocks."""
 
 
 def hints_of(store: RunStore, space: RatioSpace, config: RunConfig) -> list[Hint]:
@@ -81,7 +81,8 @@ def left(surface: Array, space: RatioSpace, length: float) -> Array:
     levels = levels_of(ratios(space))
     by_attn, by_act, _ = parts_of(surface, *levels).T
     lost = np.maximum(by_act[0] - by_act, 0.0)
-    return np.asarray(ATTN_LEFT * by_attn - np.minimum(1.0, ACT_LEFT * length * np.minimum(1.0, lost / 0.1)) * lost)
+    share = ACT_LEFT * length * np.minimum(1.0, lost / 0.1) ** 0.75
+    return np.asarray(ATTN_LEFT * by_attn - np.minimum(1.0, share) * lost)
 
 
 def by_loss(accuracies: Array, losses: Array) -> Array:

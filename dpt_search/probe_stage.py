@@ -20,7 +20,7 @@ from dpt_search.recipes import recipe_inputs
 from dpt_search.remote import Pending, StageFailed, begin_in_own_room
 from dpt_search.run import Run, identity_of, read_ranking
 from dpt_search.waiting import Waiting
-from search_spaces.ratios import Cell, spread
+from search_spaces.ratios import spread, within
 from trainables.tasks import ProbeTask
 
 
@@ -230,7 +230,7 @@ def probe_task(run: Run) -> ProbeTask:
     """
     config, ranking = run.config, read_ranking(run)
     lines = tuple(budget.cells for budget in goals_of(run))
-    wanted = spread(ranking.space, sorted({Cell(0, 0), *(cell for line in lines for cell in line)}))
+    wanted = spread(ranking.space, within(cell for line in lines for cell in line))
     return ProbeTask(
         **run.task(config.cpus_per_trial),
         recipe=replace(

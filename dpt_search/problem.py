@@ -14,7 +14,7 @@ from dpt_search.map_sampler import ratios
 from dpt_search.posterior import Data, Hint
 from dpt_search.walk_table import WalkTrial
 from search_spaces.goals import Goal
-from search_spaces.ratios import Cell, RatioSpace, spread
+from search_spaces.ratios import Cell, RatioSpace, spread, within
 
 CostOf = Callable[[Cell], float]
 
@@ -44,8 +44,8 @@ class Probe:
 
     def evaluated(self, space: RatioSpace, budgets: Sequence[Goal]) -> list[Cell]:
         """Return the cells that a run evaluates by default."""
-        feasible = {Cell(0, 0), *(cell for budget in budgets for cell in budget.cells)}
-        return spread(space, sorted(feasible & self.accuracies.keys()))[: RunConfig.probe_cells]
+        reached = within(cell for budget in budgets for cell in budget.cells)
+        return spread(space, [cell for cell in reached if cell in self.accuracies])[: RunConfig.probe_cells]
 
 
 @dataclass(frozen=True)

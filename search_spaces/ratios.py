@@ -1,6 +1,6 @@
 """The lattice of pruning ratios: how many units of each kind are removed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -54,6 +54,15 @@ class RatioSpace:
         """Return the cells that remove exactly `total` units, by growing `n_attn`; empty if there are none."""
         first, last = max(0, total - self.n_act), min(self.n_attn, total)
         return [Cell(a, total - a) for a in range(first, last + 1)]
+
+
+def within(cells: Iterable[Cell]) -> list[Cell]:
+    """Return every cell that removes no more of either kind than one of these does, in lexicographic order."""
+    most: dict[int, int] = {}
+    for cell in cells:
+        for n_attn in range(cell.n_attn + 1):
+            most[n_attn] = max(most.get(n_attn, 0), cell.n_act)
+    return [Cell(n_attn, n_act) for n_attn in sorted(most) for n_act in range(most[n_attn] + 1)]
 
 
 def spread(space: RatioSpace, cells: Sequence[Cell]) -> list[Cell]:

@@ -208,9 +208,8 @@ def probes(seeds: int = 2, noise: float = 0.003) -> ProbeSeeds:
 
 class TestProbe:
     def test_its_training_and_evaluation_count_from_the_first_trial_on(self):
-        evaluated = 1 + sum(len(budget.cells) for budget in BUDGETS)
         trace = run("map", probes=probes())
-        assert trace.upfront == pytest.approx((150 + 2 * evaluated) / 100)
+        assert trace.upfront == pytest.approx((150 + 2 * RunConfig.probe_cells) / 100)
         assert trace.cost[0] == pytest.approx(trace.upfront)
         assert run("map/no-probe", probes=probes()).upfront == 0
 

@@ -8,7 +8,7 @@ from search_spaces import BadInput, UnsupportedModel, family_of
 from search_spaces.budgets import parse_budgets
 from search_spaces.costs import Cost, UnitCosts
 from search_spaces.plan import PruningPlan, Ranking, Unit
-from search_spaces.ratios import Cell, RatioSpace
+from search_spaces.ratios import Cell, RatioSpace, within
 
 indices = st.lists(st.integers(0, 40), max_size=12)
 plans = st.builds(lambda attn, act: PruningPlan(tuple(attn), tuple(act)), indices, indices)
@@ -115,6 +115,12 @@ def test_a_line_has_all_cells_of_its_total_and_no_other(space, total):
     line = space.line(total)
     assert line == [cell for cell in space if cell.total == total]
     assert [cell.n_attn for cell in line] == sorted({cell.n_attn for cell in line})
+
+
+@given(st.lists(st.builds(Cell, st.integers(0, 9), st.integers(0, 9)), max_size=5))
+def test_within_some_cells_are_those_that_remove_no_more_of_either_kind(cells):
+    by_definition = [c for c in RatioSpace(9, 9) if any(c.n_attn <= o.n_attn and c.n_act <= o.n_act for o in cells)]
+    assert within(cells) == by_definition
 
 
 @given(spaces)

@@ -19,15 +19,19 @@ from dpt_search.store import RunStore
 from search_spaces.ratios import Cell, RatioSpace
 
 PROBE_TRUST = 8.0
-"""Of a probe: those of two real surfaces of three helped, and trials take it back where one does not. With less,
-first trials that tell little blur what it knows. An earlier run is another matter: a surface of CIFAR-10, trusted as
-much, misleads a search on Fashion-MNIST for long."""
+"""Of a probe: those of three real surfaces helped, and trials take it back where one does not. With less, first trials
+that tell little blur what it knows. An earlier run is another matter: a surface of CIFAR-10, trusted as much, misleads
+a search on Fashion-MNIST for long."""
 ATTN_LEFT = 0.85
 """What of a probe's losses by attentions is expected to be left once a plan was trained alone."""
 ACT_LEFT = 0.34
-"""The same of ten points and more that a probe as long as a trial loses by activations; of less, less is left. What
-counts is the ratio of both: with a tenth less the first decisions on the embedded surface are 0.1 points worse, with a
-tenth more those on the one of 24 blocks."""
+"""The same of large losses by activations, for a probe as long as a trial. What counts is the ratio of both: with a
+tenth less the first decisions on the embedded surface are 0.1 points worse, with a tenth more those on the one of 24
+blocks."""
+ACT_LARGE = 0.1
+"""Losses by activations, in units of accuracy, from which on they count as large. Of smaller ones less is left:"""
+ACT_POWER = 0.75
+"""in proportion to this power of them. With 0.5 or 1 decisions are 0.02 points different."""
 
 
 def hints_of(store: RunStore, space: RatioSpace, config: RunConfig) -> list[Hint]:
@@ -64,14 +68,15 @@ def smooth(space: RatioSpace, cells: Sequence[Cell], accuracies: Array, losses: 
     said = accuracies if losses is None else by_loss(accuracies, losses)
     data = Data.of(np.array([index[cell] for cell in cells]), said)
     found = Surface(ratios(space), degree=0).posterior(data)
-    return Hint(found.mean, found.covariance, PROBE_TRUST, left(found.mean, space, length), spread=1.0)
+    return Hint(found.mean, found.covariance, PROBE_TRUST, trained_alone(found.mean, space, length), spread=1.0)
 
 
-def left(surface: Array, space: RatioSpace, length: float) -> Array:
+def trained_alone(surface: Array, space: RatioSpace, length: float) -> Array:
     """Return what is expected of plans that are trained alone where shared weights say so much, [cells of the space].
 
     Weights that all plans share cannot make up for what one of them lacks. Trained alone, a plan makes up for nearly
-    all of a small loss by activations and for less of a large one, and for all that both lose beyond their sum.
+    all of a small loss by activations and for less of a large one, and for all that both lose beyond their sum. What
+    shared weights gain without activations is not expected to last.
 
     Args:
         surface: [cells], accuracies.
@@ -81,7 +86,7 @@ def left(surface: Array, space: RatioSpace, length: float) -> Array:
     levels = levels_of(ratios(space))
     by_attn, by_act, _ = parts_of(surface, *levels).T
     lost = np.maximum(by_act[0] - by_act, 0.0)
-    share = ACT_LEFT * length * np.minimum(1.0, lost / 0.1) ** 0.75
+    share = ACT_LEFT * length * np.minimum(1.0, lost / ACT_LARGE) ** ACT_POWER
     return np.asarray(ATTN_LEFT * by_attn - np.minimum(1.0, share) * lost)
 
 

@@ -22,7 +22,7 @@ from dpt_search.lease import Lease
 from dpt_search.map_predictor import Array
 from dpt_search.observed import surface_trials
 from dpt_search.posterior import Hint
-from dpt_search.probe_stage import has_probe, probe_task
+from dpt_search.probe_stage import has_probe, probe_task, probed_cells
 from dpt_search.probe_table import read_probe
 from dpt_search.problem import Observed, Problem
 from dpt_search.run import Run, digest_of, open_run, read_dense_accuracy, read_ranking
@@ -138,6 +138,10 @@ def _settings(run: Run, config: RunConfig, number: int) -> dict[str, Any]:
     probe = {k: v for k, v in asdict(config).items() if k.startswith("probe_")}
     shared = {name: digest_of(run.store.read(name).hex()) for name in _SHARED}
     told = {**identity(config), **growing, **probe, **shared, **_fronts(run, config), "number": number}
+    if config.epochs_of_probe and config.sampler == "map":
+        lines = [goal.cells for goal in goals_of(run, config.budgets)]
+        cells = probed_cells(read_ranking(run).space, lines, config.probe_cells)
+        told["choice of probed cells"] = [(cell.n_attn, cell.n_act) for cell in cells]
     made: dict[str, Any] = json.loads(json.dumps(told))
     return made
 

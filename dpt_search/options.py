@@ -85,7 +85,7 @@ DESCRIPTIONS = {
     "dense": "Open model and data, adapt the model if asked to, and check its accuracy.",
     "profile": "Measure MACs, parameters and seconds of every unit on the target device.",
     "rank": "Order the units within each kind, least important first.",
-    "probe": "Train shared weights for all cells, and evaluate each with them (probe_epochs).",
+    "probe": "Train shared weights for all cells, and evaluate some with them, well spread (probe_epochs).",
     "search": "Run trials: plans, each pruned and fine-tuned briefly.",
     "recommend": "Decide which cell is best for every budget.",
     "refine": "Try swaps of one unit on the plan that is fine-tuned (refine).",

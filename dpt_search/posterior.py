@@ -50,8 +50,10 @@ _WIDTH = {
     "cliff_attn": 1.0, "cliff_act": 1.0, "noise": 0.5,
 }  # fmt: skip
 """Priors are log-normal: their medians are the defaults, and these the sd of the logarithms."""
-_HINTED = {"slope": 0.005, "single": 0.01, "joint": 0.007, "cliff_attn": 0.003, "cliff_act": 0.003}
+_HINTED = {"slope": 0.02, "single": 0.01, "joint": 0.007, "cliff_attn": 0.003, "cliff_act": 0.003}
 """Medians where there are hints: what these leave to explain is smaller, and cliffs are in them."""
+_PROBED_SLOPE = 0.005
+"""Median where it is known what to expect of the first hint: single trials are not to bend that."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class Hint:
     spread: float = 4.0
 
     @property
-    def prior(self) -> Array:
+    def expectation(self) -> Array:
         """[cells] what is expected of trials before the first, but for a constant."""
         return self.mean if self.expected is None else self.expected
 
@@ -183,8 +185,11 @@ class Surface:
             features["hint"] = np.stack([hint.mean - hint.mean.mean() for hint in hints], axis=1)
             features["shape"] = np.concatenate([h.spread * parts_of(h.mean, *levels) for h in hints], axis=1)
         self.hinted = bool(hints)
+        self._medians = asdict(Hyperparameters()) | (_HINTED if hints else {})
+        if hints and hints[0].expected is not None:
+            self._medians["slope"] = _PROBED_SLOPE
         self._everywhere = np.arange(len(points))
-        self._hinted = hints[0].prior if hints else np.zeros(len(points))
+        self._hinted = hints[0].expectation if hints else np.zeros(len(points))
         self._edges = np.stack([(level == level.max()) & (level > 0) for level in levels]).astype(np.float64)
         self._kernel = Kernel(levels, features, hints[0].covariance if hints else None)
         self.names = (*features, *_ALWAYS)
@@ -230,8 +235,8 @@ class Surface:
         """
         data = data.thinned(_FIT_CELLS)
         kernel = FittedKernel(self._kernel, data.cells)
-        default, names = asdict(Hyperparameters()) | (_HINTED if self.hinted else {}), self.names
-        centre = np.log([default[name] for name in names])
+        names = self.names
+        centre = np.log([self._medians[name] for name in names])
         width = np.array([_WIDTH[name] for name in names])
 
         def loss(z: Array) -> tuple[float, Array]:

@@ -1,4 +1,4 @@
-"""The stage of the elastic probe: shared weights, and an accuracy with them for every cell that may be recommended.
+"""The stage of the elastic probe: shared weights, and an accuracy with them for some cells, well spread.
 
 `search` runs it beside the first trials, where there is room for both, and takes what it found when it is there.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from dpt_search.recipes import recipe_inputs
 from dpt_search.remote import Pending, StageFailed, begin_in_own_room
 from dpt_search.run import Run, identity_of, read_ranking
 from dpt_search.waiting import Waiting
-from search_spaces.ratios import spread, within
+from search_spaces.ratios import Cell, RatioSpace, spread, within
 from trainables.tasks import ProbeTask
 
 
@@ -221,6 +222,19 @@ def _inputs(run: Run, task: ProbeTask) -> list[Any]:
     return [identity_of(run.config), *about, lines]
 
 
+def probed_cells(space: RatioSpace, lines: Iterable[Iterable[Cell]], most: int) -> tuple[Cell, ...]:
+    """Return what the probe's weights are evaluated on: cells well spread over all up to the budgets', in order.
+
+    Cells of one line alone, which all remove as many units, could not tell what either kind loses.
+
+    Args:
+        space: the lattice.
+        lines: the budgets' cells.
+        most: of them to return; 0 for all.
+    """
+    return tuple(sorted(spread(space, within(cell for line in lines for cell in line), most)))
+
+
 def probe_task(run: Run) -> ProbeTask:
     """Return what the worker is told.
 
@@ -230,7 +244,6 @@ def probe_task(run: Run) -> ProbeTask:
     """
     config, ranking = run.config, read_ranking(run)
     lines = tuple(budget.cells for budget in goals_of(run))
-    wanted = spread(ranking.space, within(cell for line in lines for cell in line))
     return ProbeTask(
         **run.task(config.cpus_per_trial),
         recipe=replace(
@@ -242,7 +255,7 @@ def probe_task(run: Run) -> ProbeTask:
         ),
         ranking=ranking,
         lines=lines,
-        cells=tuple(sorted(wanted[: config.probe_cells or None])),
+        cells=probed_cells(ranking.space, lines, config.probe_cells),
         draw=config.probe_draw,
         sandwich=config.probe_sandwich,
         folder=run.store.path("probe"),

@@ -43,9 +43,9 @@ class Probe:
         return np.array([self.accuracies[cell] for cell in cells]), losses
 
     def evaluated(self, space: RatioSpace, budgets: Sequence[Goal]) -> list[Cell]:
-        """Return the cells that a run evaluates by default."""
+        """Return the cells that a run evaluates by default, had it but those that the table of probes has."""
         reached = within(cell for budget in budgets for cell in budget.cells)
-        return spread(space, [cell for cell in reached if cell in self.accuracies])[: RunConfig.probe_cells]
+        return spread(space, (cell for cell in reached if cell in self.accuracies), RunConfig.probe_cells)
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Observed:
         """
         mean = self.posterior_mean()
         if mean is None and self._hints:
-            mean = self._hints[0].prior
+            mean = self._hints[0].expectation
         if mean is None:
             return [line[len(line) // 2] for line in self._lines]
         return [max(line, key=lambda cell: mean[self._index[cell]]) for line in self._lines]

@@ -65,7 +65,7 @@ class SurfaceTable:
     @property
     def trial_epochs(self) -> int | None:
         """Epochs of one trial; None where the table does not say."""
-        found: int | None = self.provenance.get("configuration", {}).get("trial", {}).get("epochs")
+        found: int | None = (self.provenance.get("configuration") or {}).get("trial", {}).get("epochs")
         return found
 
 

@@ -1,6 +1,6 @@
 """The lattice of pruning ratios: how many units of each kind are removed."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 
@@ -65,11 +65,17 @@ def within(cells: Iterable[Cell]) -> list[Cell]:
     return [Cell(n_attn, n_act) for n_attn in sorted(most) for n_act in range(most[n_attn] + 1)]
 
 
-def spread(space: RatioSpace, cells: Sequence[Cell]) -> list[Cell]:
-    """Order cells so that each is as far as can be from all before it, in pruning ratios; the dense model first."""
+def spread(space: RatioSpace, cells: Iterable[Cell], most: int = 0) -> list[Cell]:
+    """Order cells so that each is as far as can be from all before it, in pruning ratios; the dense model first.
+
+    Args:
+        space: the lattice.
+        cells: to order.
+        most: of them to return; 0 for all.
+    """
     left = {cell: float("inf") for cell in sorted(cells)}
     ordered: list[Cell] = []
-    while left:
+    while left and (not most or len(ordered) < most):
         # Of equally far ones, that with the fewest units.
         chosen = max(left, key=lambda cell: (left[cell], -cell.total))
         ordered.append(chosen)

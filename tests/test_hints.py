@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpt_search.config import BadConfig, RunConfig
-from dpt_search.hints import by_loss, hints_of, left, prior_surface, resampled, smooth, without_steps
+from dpt_search.hints import by_loss, hints_of, prior_surface, resampled, smooth, trained_alone, without_steps
 from dpt_search.map_sampler import ratios
 from dpt_search.posterior import Hint
 from dpt_search.probe_table import write_probe
@@ -68,7 +68,7 @@ def test_a_probe_is_believed_by_its_losses():
 )
 def test_more_of_what_activations_lose_is_left_the_longer_the_probe_and_the_more_they_lose(length, of_five, of_more):
     attn, act = ratios(SPACE).T
-    found = left(0.8 - 0.1 * attn - 0.2 * act - 0.1 * (attn - 0.5) * (act - 0.5), SPACE, length)
+    found = trained_alone(0.8 - 0.1 * attn - 0.2 * act - 0.1 * (attn - 0.5) * (act - 0.5), SPACE, length)
     lost = {n_act: found[0] - found[INDEX[Cell(0, n_act)]] for n_act in (2, 4, 8)}
     assert lost == pytest.approx({2: of_five * 0.05, 4: of_more * 0.1, 8: of_more * 0.2}, rel=1e-3)
     assert found[0] - found[INDEX[Cell(6, 0)]] == pytest.approx(0.085)
@@ -77,7 +77,7 @@ def test_more_of_what_activations_lose_is_left_the_longer_the_probe_and_the_more
 @given(st.floats(-0.2, 0.2), st.floats(0, 0.3), st.floats(0.1, 30))
 def test_never_is_more_expected_to_be_left_of_activations_than_was_lost(by_attn, by_act, length):
     attn, act = ratios(SPACE).T
-    found = left(0.8 - by_attn * attn - by_act * act, SPACE, length)
+    found = trained_alone(0.8 - by_attn * attn - by_act * act, SPACE, length)
     lost = found[0] - found - 0.85 * by_attn * attn
     assert (lost >= -1e-12).all() and (lost <= by_act * act + 1e-12).all()
 
@@ -85,9 +85,9 @@ def test_never_is_more_expected_to_be_left_of_activations_than_was_lost(by_attn,
 def test_a_probe_is_expected_by_what_is_left_and_a_run_as_it_is():
     cells = [Cell(0, 0), Cell(3, 2), Cell(2, 5), Cell(5, 5)]
     found = smooth(SPACE, cells, np.array([0.8, 0.7, 0.6, 0.4]), None, length=2)
-    np.testing.assert_array_equal(found.prior, left(found.mean, SPACE, 2))
+    np.testing.assert_array_equal(found.expectation, trained_alone(found.mean, SPACE, 2))
     run = Hint(found.mean)
-    np.testing.assert_array_equal(run.prior, run.mean)
+    np.testing.assert_array_equal(run.expectation, run.mean)
     assert found.spread < run.spread
 
 
@@ -121,7 +121,7 @@ def test_the_probe_comes_first_then_every_prior(tmp_path):
     config = RunConfig(prior=[prior.location, prior.location], trial=Recipe(epochs=4))
     found = hints_of(store, SPACE, config)
     assert len(found) == 3
-    np.testing.assert_array_equal(found[0].prior, left(found[0].mean, SPACE, length=0.5))
+    np.testing.assert_array_equal(found[0].expectation, trained_alone(found[0].mean, SPACE, length=0.5))
     assert found[0].mean[INDEX[Cell(0, 0)]] == pytest.approx(0.7, abs=0.02)
     np.testing.assert_allclose(found[1].mean, without_steps(surface(SPACE), SPACE))
 

@@ -113,6 +113,12 @@ def test_its_recipe_is_a_trials_with_its_own_length_and_learning_rate(tmp_path: 
     own = probe_task(ranked(tmp_path, probe_epochs=3, probe_lr=0.5, probe_draw="line", probe_cells=7))
     assert (own.recipe.lr, own.draw, own.lines, len(own.cells)) == (0.5, "line", LINES, 7)
     assert Cell(0, 0) in own.cells and set(own.cells) < set(REACHED)
+    assert probe_task(ranked(tmp_path, probe_cells=0)).cells == tuple(REACHED)
+
+
+def test_a_probe_for_one_budget_is_evaluated_off_its_line_too(tmp_path: Path) -> None:
+    totals = {cell.total for cell in probe_task(ranked(tmp_path, budget="units=4")).cells}
+    assert totals == {0, 1, 2, 3, 4}
 
 
 class TestAProbeThatIsTooDear:

@@ -192,13 +192,6 @@ def test_before_any_trial_a_probe_decides_by_what_is_expected_of_it():
         assert seen.best_by_posterior() == chosen
 
 
-@pytest.mark.parametrize(("trial", "length"), [({"epochs": 4}, 0.5), ({"epochs": 1}, 2.0), ({}, 1.0)])
-def test_a_probe_is_as_long_as_its_epochs_are_in_trials(trial, length):
-    table = replace(TABLE, provenance={"configuration": {"trial": trial}})
-    probe = Judge(table, BUDGETS, 0, probes()).probe
-    assert probe is not None and probe.length == length
-
-
 def probes(seeds: int = 2, noise: float = 0.003) -> ProbeSeeds:
     generator, cells = np.random.default_rng(5), list(SPACE)
     truths = np.array([truth(cell) - 0.05 for cell in cells])

@@ -14,7 +14,7 @@ import pytest
 from conftest import TINY_RANKING as RANKING
 from conftest import tiny_prices
 
-from dpt_search import table_records
+from dpt_search import live, table_records
 from dpt_search.config import BadConfig
 from dpt_search.live import SAMPLERS, Decisions, Search, decided, opened
 from dpt_search.live_report import Request, judged_by_trials, judged_cells, own_table, run_live
@@ -69,11 +69,14 @@ class TestASearchOfItsOwn:
         assert each.run.config.prior == (["elsewhere"] if name.startswith("map") else [])
         assert (each.upfront > 0) == (name == "map")
 
-    def test_goes_on_as_it_began_or_is_refused(self, run: Run) -> None:
+    def test_goes_on_as_it_began_or_is_refused(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         begun(run)
         begun(run)
         with pytest.raises(BadRun, match=r"another budget: choose another --out"):
             begun(run, budget="units=3")
+        with pytest.raises(BadRun, match=r"another choice of probed cells"), monkeypatch.context() as patch:
+            patch.setattr(live, "probed_cells", lambda *_: (Cell(0, 0),))
+            begun(run)
         run.store.write_json("ranking.json", {"method": "taylor", "attn": [0, 1, 2, 3], "act": [0, 1, 2, 3]})
         with pytest.raises(BadRun, match=r"another ranking.json"):
             begun(run)

@@ -11,10 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpt_search import probe_seeds
-from dpt_search.probe_seeds import read_probes, tabulate_probes
+from dpt_search.compare import Judge
+from dpt_search.probe_seeds import ProbeSeeds, read_probes, tabulate_probes
 from dpt_search.run import Run
 from dpt_search.store import BadRun
-from search_spaces.ratios import Cell
+from dpt_search.surface_table import SurfaceTable
+from search_spaces.goals import unit_goals
+from search_spaces.ratios import Cell, RatioSpace
 from trainables.probe import run_probe
 from trainables.tasks import ProbeTask
 
@@ -84,3 +87,14 @@ def test_a_table_of_an_earlier_version_has_no_losses(tiny_run: Run, probed: list
     assert found is not None
     assert found.losses is None
     assert found.accuracies.shape == (4, 2)
+
+
+@pytest.mark.parametrize(("trial", "length"), [({"epochs": 4}, 0.5), ({"epochs": 1}, 2.0), ({}, 1.0)])
+def test_in_a_replay_it_is_as_long_as_its_epochs_are_in_trials(trial: dict[str, int], length: float) -> None:
+    space, provenance = RatioSpace(2, 2), {"configuration": {"trial": trial}}
+    values = np.ones((len(space), 2))
+    table = SurfaceTable(space, list(space), values, np.ones(len(space)), provenance)
+    probe = Judge(
+        table, unit_goals(space, 2), 0, ProbeSeeds(list(space), values, None, values[:, 0], 1.0, epochs=2)
+    ).probe
+    assert probe is not None and probe.length == length

@@ -29,9 +29,9 @@ ACT_LEFT = 0.34
 tenth less the first decisions on the embedded surface are 0.1 points worse, with a tenth more those on the one of 24
 blocks."""
 ACT_LARGE = 0.1
-"""Losses by activations, in units of accuracy, from which on they count as large. Of smaller ones less is left:"""
+"""A loss by activations, in units of accuracy, that counts as large."""
 ACT_POWER = 0.75
-"""in proportion to this power of them. With 0.5 or 1 decisions are 0.02 points different."""
+"""Of smaller losses less is left, in proportion to this power of them; with 0.5 or 1 decisions differ by 0.02 points."""
 
 
 def hints_of(store: RunStore, space: RatioSpace, config: RunConfig) -> list[Hint]:

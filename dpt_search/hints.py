@@ -31,7 +31,7 @@ blocks."""
 ACT_LARGE = 0.1
 """A loss by activations, in units of accuracy, that counts as large."""
 ACT_POWER = 0.75
-"""Of smaller losses less is left, in proportion to this power of them; with 0.5 or 1 decisions differ by 0.02 points."""
+"""Of smaller ones less is left, in proportion to this power of them; with 0.5 or 1 decisions differ by 0.02 points."""
 
 
 def hints_of(store: RunStore, space: RatioSpace, config: RunConfig) -> list[Hint]:

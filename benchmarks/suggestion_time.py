@@ -128,7 +128,7 @@ def case(space: RatioSpace, units: range, truth: dict[Cell, float], said: dict[C
     )
     cells = design + drawn
     accuracies = [truth[cell] + NOISE * generator.standard_normal() for cell in cells]
-    probed = spread(space, sorted(said))[:16]
+    probed = spread(space, said, 16)
     probe = smooth_hint(space, probed, np.array([said[cell] for cell in probed]), None, length=1)
     return Case(space, budgets, cells, accuracies, pending, truth[Cell(0, 0)], probe)
 
